@@ -1,0 +1,102 @@
+// Argument checks of the op bindings. A failed check throws; the text names the op, the argument,
+// its value and the rule, and becomes a RuntimeError in Python.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace branchwise {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+#define BW_CHECK(cond, ...)                            \
+  do {                                                 \
+    if (!(cond)) [[unlikely]] ::branchwise::fail(__VA_ARGS__); \
+  } while (0)
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+// "shape" is written as in the docs, for example "[B, Hq, T, D]".
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape) {
+  BW_CHECK(t.dim() == dim, op, ": ", name, " must have shape ", shape, ", got ", shape_of(t));
+}
+
+inline void check_size(const char* op, const char* name, const Tensor& t, int64_t axis, int64_t want,
+                       const char* meaning) {
+  BW_CHECK(t.size(axis) == want, op, ": ", name, ".size(", axis, ") must be ", meaning, " = ", want, ", got shape ",
+           shape_of(t));
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
+  BW_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", name_of(want), ", got ", name_of(t.scalar_type()));
+}
+
+inline void check_float_dtype(const char* op, const char* name, const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  BW_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
+           " must be float32, bfloat16 or float16, got ", name_of(type));
+}
+
+inline void check_last_contiguous(const char* op, const char* name, const Tensor& t) {
+  BW_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, ": ", name,
+           " must be contiguous in its last dimension, got stride ", t.stride(t.dim() - 1));
+}
+
+inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
+  BW_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_of(t));
+}
+
+// Arguments of merge_attention, on any device.
+inline void check_merge_args(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
+  const char* op = "merge_attention";
+  check_dim(op, "out_a", out_a, 4, "[B, Hq, T, D]");
+  check_float_dtype(op, "out_a", out_a);
+  check_dtype(op, "out_b", out_b, out_a.scalar_type());
+  check_dim(op, "out_b", out_b, 4, "[B, Hq, T, D]");
+  check_dim(op, "lse_a", lse_a, 3, "[B, Hq, T]");
+  check_dim(op, "lse_b", lse_b, 3, "[B, Hq, T]");
+  for (int i = 0; i < 4; ++i) {
+    check_size(op, "out_b", out_b, i, out_a.size(i), "that of out_a");
+    if (i == 3) break;
+    check_size(op, "lse_a", lse_a, i, out_a.size(i), "that of out_a");
+    check_size(op, "lse_b", lse_b, i, out_a.size(i), "that of out_a");
+  }
+  check_dtype(op, "lse_a", lse_a, ScalarType::Float);
+  check_dtype(op, "lse_b", lse_b, ScalarType::Float);
+  check_contiguous(op, "out_a", out_a);
+  check_contiguous(op, "out_b", out_b);
+  check_contiguous(op, "lse_a", lse_a);
+  check_contiguous(op, "lse_b", lse_b);
+}
+
+}  // namespace branchwise

@@ -1,0 +1,23 @@
+// Where a slot of a row lives: contiguous caches [B, Hkv, S, D] or paged ones
+// [pages, Hkv, page_size, D] behind a page table i32[B, N]. Torch-free.
+#pragma once
+#include <cstdint>
+
+namespace branchwise {
+
+struct KvLayout {
+  int64_t stride_outer;  // elements between batch rows, or between pages
+  int64_t stride_head;
+  int64_t stride_slot;
+  const int32_t* page_table;  // nullptr: contiguous
+  int64_t table_stride;       // elements between rows of the page table
+  int64_t page_size;
+
+  int64_t offset(int64_t row, int64_t head, int64_t slot) const {
+    if (page_table == nullptr) return row * stride_outer + head * stride_head + slot * stride_slot;
+    const int64_t page = page_table[row * table_stride + slot / page_size];
+    return page * stride_outer + head * stride_head + (slot % page_size) * stride_slot;
+  }
+};
+
+}  // namespace branchwise

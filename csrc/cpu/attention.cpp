@@ -1,0 +1,217 @@
+// tree_attention and merge_attention: checks, cutting the work into units, threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/kernels/attention_kernel.h"
+#include "cpu/kv_args.h"
+
+namespace branchwise {
+namespace {
+
+const AttentionKernels& kernels() {
+  switch (current_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx512_bf16: return avx512_bf16::attention_kernels;
+    case Isa::avx512: return avx512::attention_kernels;
+    case Isa::avx2: return avx2::attention_kernels;
+#endif
+    default: return baseline::attention_kernels;
+  }
+}
+
+KvType kv_type(ScalarType type) {
+  return type == ScalarType::Float ? KvType::f32 : type == ScalarType::BFloat16 ? KvType::bf16 : KvType::f16;
+}
+
+// Threads take items from one counter, so a long row does not hold up the others.
+template <typename F>
+void run_dynamic(int64_t items, int64_t scratch, bool serial, const F& f) {
+  const int64_t workers = serial ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    std::unique_ptr<float[]> buffer(new float[scratch]);
+    for (int64_t i = next++; i < items; i = next++) f(i, buffer.get());
+  };
+  if (workers <= 1) return work();
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) work();
+  });
+}
+
+// The depth of every node, from its ancestor bits; also refuses masks that the kernel must not see.
+std::vector<int32_t> checked_depths(const int64_t* mask, int64_t B, int64_t T, int64_t W) {
+  std::vector<int32_t> depths(B * T);
+  for (int64_t i = 0; i < B * T; ++i) {
+    const int64_t node = i % T;
+    int32_t seen = 0;
+    for (int64_t w = 0; w < W; ++w) {
+      const uint64_t word = static_cast<uint64_t>(mask[i * W + w]);
+      const int64_t valid = std::clamp<int64_t>(node + 1 - w * 64, 0, 64);
+      const uint64_t allowed = valid == 64 ? ~uint64_t{0} : (uint64_t{1} << valid) - 1;
+      BW_CHECK((word & ~allowed) == 0, "tree_attention: tree_mask[", i / T, ", ", node,
+               "] has a bit above its own node; a node sees only itself and nodes before it");
+      seen += __builtin_popcountll(word);
+    }
+    BW_CHECK(static_cast<uint64_t>(mask[i * W + node / 64]) >> (node % 64) & 1, "tree_attention: tree_mask[", i / T,
+             ", ", node, "] lacks its own bit; a node must see itself");
+    depths[i] = seen - 1;
+  }
+  return depths;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
+                                          std::optional<Tensor> tree_mask, std::optional<Tensor> page_table,
+                                          std::optional<double> scale, int64_t window, std::optional<Tensor> sinks,
+                                          double softcap) {
+  const char* op = "tree_attention";
+  check_dim(op, "query", query, 4, "[B, Hq, T, D]");
+  check_float_dtype(op, "query", query);
+  check_last_contiguous(op, "query", query);
+  check_dtype(op, "key_cache", key_cache, query.scalar_type());
+  check_dtype(op, "value_cache", value_cache, query.scalar_type());
+  const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
+  BW_CHECK(D >= 1 && D <= 512, op, ": query.size(3) = ", D, " must be a head dim between 1 and 512");
+  const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
+  const CacheShape value_shape = check_cache(op, "value_cache", value_cache, B, page_table);
+  check_size(op, "key_cache", key_cache, 3, D, "D of query");
+  check_size(op, "value_cache", value_cache, 3, D, "D of query");
+  BW_CHECK(shape.Hkv > 0 && Hq % shape.Hkv == 0, op, ": query heads Hq = ", Hq,
+           " must be a multiple of the KV heads Hkv = ", shape.Hkv);
+  check_size(op, "value_cache", value_cache, 1, shape.Hkv, "Hkv of key_cache");
+  BW_CHECK(value_cache.size(0) == key_cache.size(0) && value_cache.size(2) == key_cache.size(2), op,
+           ": value_cache must have the shape of key_cache, got ", shape_of(value_cache), " and ", shape_of(key_cache));
+  BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
+  BW_CHECK(softcap >= 0 && std::isfinite(softcap), op, ": softcap must be 0 (none) or positive, got ", softcap);
+  const int32_t* lens =
+      check_seq_lens(op, seq_lens, B, T, {shape.Hkv, D, std::min(shape.capacity, value_shape.capacity)},
+                     key_cache.size(0), page_table);
+
+  AttentionArgs args{};
+  std::vector<int32_t> depths;
+  if (tree_mask) {
+    check_dim(op, "tree_mask", *tree_mask, 3, "[B, T, W]");
+    check_dtype(op, "tree_mask", *tree_mask, ScalarType::Long);
+    check_contiguous(op, "tree_mask", *tree_mask);
+    check_size(op, "tree_mask", *tree_mask, 0, B, "B");
+    check_size(op, "tree_mask", *tree_mask, 1, T, "T");
+    args.W = (T + 63) / 64;
+    check_size(op, "tree_mask", *tree_mask, 2, args.W, "ceil(T / 64)");
+    args.tree_mask = static_cast<const int64_t*>(tree_mask->const_data_ptr());
+    depths = checked_depths(args.tree_mask, B, T, args.W);
+    args.depths = depths.data();
+  }
+  if (sinks) {
+    check_dim(op, "sinks", *sinks, 1, "[Hq]");
+    check_size(op, "sinks", *sinks, 0, Hq, "Hq");
+    check_dtype(op, "sinks", *sinks, ScalarType::Float);
+    check_contiguous(op, "sinks", *sinks);
+    args.sinks = static_cast<const float*>(sinks->const_data_ptr());
+  }
+
+  Tensor out = torch::stable::new_empty(query, {B, Hq, T, D});
+  Tensor lse = torch::stable::new_empty(query, {B, Hq, T}, ScalarType::Float);
+  if (B * T == 0) return {out, lse};
+
+  args.query = query.const_data_ptr();
+  for (int i = 0; i < 3; ++i) args.q_stride[i] = query.stride(i);
+  args.key_cache = key_cache.const_data_ptr();
+  args.value_cache = value_cache.const_data_ptr();
+  args.key_layout = layout_of(key_cache, page_table);
+  args.value_layout = layout_of(value_cache, page_table);
+  args.type = kv_type(query.scalar_type());
+  args.out = out.mutable_data_ptr();
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.seq_lens = lens;
+  args.Hq = Hq;
+  args.Hkv = shape.Hkv;
+  args.T = T;
+  args.D = D;
+  args.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(D)));
+  args.softcap = static_cast<float>(softcap);
+  args.window = window;
+
+  // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot. The
+  // split size depends on the row's own length only: about 24 units per row keep threads busy.
+  const int64_t G = Hq / shape.Hkv;
+  const int64_t tokens_per_block = std::max<int64_t>(1, kMaxRowBlock / G);
+  const int64_t lanes_of_work = shape.Hkv * ((T + tokens_per_block - 1) / tokens_per_block);
+  std::vector<AttentionUnit> units;
+  std::vector<int64_t> blocks;  // index of each block's first unit
+  std::vector<int64_t> partial_at, query_at;
+  int64_t floats = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t even = (lens[b] + T) * lanes_of_work / 24 / kKeyTile * kKeyTile;
+    const int64_t split = std::clamp<int64_t>(even, 2 * kKeyTile, 8 * kKeyTile);
+    for (int64_t h = 0; h < shape.Hkv; ++h)
+      for (int64_t t = 0; t < T; t += tokens_per_block) {
+        const int64_t end_token = std::min(T, t + tokens_per_block), slots = lens[b] + end_token;
+        blocks.push_back(static_cast<int64_t>(units.size()));
+        query_at.push_back(floats);
+        floats += query_floats((end_token - t) * G, D);
+        for (int64_t s = 0; s < slots; s += split) {
+          units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(t * G),
+                           static_cast<int32_t>(end_token * G), s, std::min(slots, s + split), nullptr, nullptr});
+          partial_at.push_back(floats);
+          floats += partial_floats((end_token - t) * G, D);
+        }
+      }
+  }
+  const int64_t num_blocks = static_cast<int64_t>(blocks.size());
+  blocks.push_back(static_cast<int64_t>(units.size()));
+  std::unique_ptr<float[]> workspace(new float[floats]);
+  for (int64_t i = 0; i < num_blocks; ++i)
+    for (int64_t j = blocks[i]; j < blocks[i + 1]; ++j) {
+      units[j].query = workspace.get() + query_at[i];
+      units[j].partial = workspace.get() + partial_at[j];
+    }
+
+  const AttentionKernels& k = kernels();
+  const int64_t block_rows = std::min(T, tokens_per_block) * G;
+  // Packing and merging a few rows is less work than waking the threads.
+  const bool small = num_blocks * block_rows * D < (1 << 14);
+  run_dynamic(num_blocks, 0, small, [&](int64_t i, float*) {
+    k.pack_query(args, units[blocks[i]], workspace.get() + query_at[i]);
+  });
+  run_dynamic(static_cast<int64_t>(units.size()), scratch_floats(block_rows, D), false,
+              [&](int64_t i, float* scratch) { k.run_unit(args, units[i], scratch); });
+  run_dynamic(num_blocks, 0, small, [&](int64_t i, float*) {
+    k.merge_units(args, units.data() + blocks[i], blocks[i + 1] - blocks[i]);
+  });
+  return {out, lse};
+}
+
+// out = (out_a e^(lse_a - top) + out_b e^(lse_b - top)) / (e^(lse_a - top) + e^(lse_b - top))
+std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+  check_merge_args(out_a, lse_a, out_b, lse_b);
+  Tensor out = torch::stable::new_empty(out_a, out_a.sizes());
+  Tensor lse = torch::stable::new_empty(lse_a, lse_a.sizes());
+  const MergeArgs args{out_a.const_data_ptr(),
+                       out_b.const_data_ptr(),
+                       static_cast<const float*>(lse_a.const_data_ptr()),
+                       static_cast<const float*>(lse_b.const_data_ptr()),
+                       out.mutable_data_ptr(),
+                       static_cast<float*>(lse.mutable_data_ptr()),
+                       kv_type(out_a.scalar_type()),
+                       out_a.size(3)};
+  const AttentionKernels& k = kernels();
+  torch::stable::parallel_for(0, lse.numel(), 256,
+                              [&](int64_t begin, int64_t end) { k.merge_pair(args, begin, end); });
+  return {out, lse};
+}
+
+}  // namespace branchwise
+
+STABLE_TORCH_LIBRARY_IMPL(branchwise, CPU, m) {
+  m.impl("tree_attention", TORCH_BOX(&branchwise::tree_attention));
+  m.impl("merge_attention", TORCH_BOX(&branchwise::merge_attention));
+}

@@ -1,0 +1,73 @@
+#include "cpu/isa.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+
+#include "common/check.h"
+
+namespace branchwise {
+namespace {
+
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+Isa from_environment() {
+  const char* wanted = std::getenv("BRANCHWISE_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best_isa();
+  for (int level = 0; level < 4; ++level) {
+    if (std::strcmp(wanted, kNames[level]) != 0) continue;
+    BW_CHECK(level <= static_cast<int>(best_isa()), "BRANCHWISE_CPU_ISA=", wanted, ": this machine only supports up to ",
+             kNames[static_cast<int>(best_isa())]);
+    return static_cast<Isa>(level);
+  }
+  fail("BRANCHWISE_CPU_ISA=", wanted, ": must be one of baseline, avx2, avx512, avx512_bf16");
+}
+
+std::atomic<int> chosen{-1};
+
+}  // namespace
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  // The builtins also ask the operating system whether it saves the wide registers.
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+    return Isa::baseline;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+    return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+#else
+  return Isa::baseline;
+#endif
+}
+
+Isa current_isa() {
+  int level = chosen.load(std::memory_order_relaxed);
+  if (level < 0) {
+    level = static_cast<int>(from_environment());
+    chosen.store(level, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(level);
+}
+
+void set_isa(Isa isa) {
+  const int level = static_cast<int>(isa);
+  BW_CHECK(level >= 0 && level <= static_cast<int>(best_isa()), "cpu_isa: request must be between 0 and ",
+           static_cast<int>(best_isa()), " (", kNames[static_cast<int>(best_isa())], ") on this machine, got ", level);
+  chosen.store(level, std::memory_order_relaxed);
+}
+
+std::tuple<int64_t, int64_t> cpu_isa(int64_t request) {
+  if (request >= 0) set_isa(static_cast<Isa>(request));
+  return {static_cast<int64_t>(current_isa()), static_cast<int64_t>(best_isa())};
+}
+
+}  // namespace branchwise
+
+STABLE_TORCH_LIBRARY_IMPL(branchwise, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&branchwise::cpu_isa));
+}

@@ -1,0 +1,13 @@
+// Which instruction set the kernels use: the best one of this machine, chosen once on first use,
+// lowered by BRANCHWISE_CPU_ISA or the op cpu_isa.
+#pragma once
+
+namespace branchwise {
+
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+Isa best_isa();      // what this CPU and its operating system support
+Isa current_isa();   // what the kernels use now
+void set_isa(Isa);   // throws if the machine lacks it
+
+}  // namespace branchwise

@@ -1,0 +1,88 @@
+// Attention over a KV cache for the new tokens of a batch, on pointers and sizes: what the binding
+// (cpu/attention.cpp) asks of a kernel level, and what every level provides.
+//
+// The G*T query rows that share a KV head are packed; row r of a head is query head (r % G) of
+// token (r / G). Two forms of the inner kernel:
+//   many rows: rows are the lanes of vector registers, so a key or value element is read once,
+//     broadcast, and used by all of them, without transposes or horizontal sums;
+//   few rows (at most a quarter of the lanes): the head dim is in the lanes, dot products.
+//
+// Work is cut into units = (batch row, KV head, block of packed rows, split of the KV slots). A
+// unit leaves its unnormalised result in the workspace; a second pass merges the splits in
+// ascending order. Cuts depend on shapes only, so results do not depend on threads or batch.
+#pragma once
+#include <cstdint>
+
+#include "common/kv_layout.h"
+
+namespace branchwise {
+
+enum class KvType : int { f32, bf16, f16 };
+
+struct AttentionArgs {
+  const void* query;        // [B, Hq, T, D], last dimension contiguous
+  int64_t q_stride[3];      // elements, for B, Hq, T
+  const void* key_cache;
+  const void* value_cache;
+  KvLayout key_layout, value_layout;
+  KvType type;              // of query, caches and out
+  void* out;                // [B, Hq, T, D] contiguous
+  float* lse;               // [B, Hq, T] contiguous
+  const int32_t* seq_lens;  // [B], P of each row
+  const int64_t* tree_mask; // [B, T, W] or nullptr for causal
+  const int32_t* depths;    // [B, T] depth of every node; read where tree_mask or window is used
+  const float* sinks;       // [Hq] or nullptr
+  int64_t Hq, Hkv, T, W, D;
+  float scale, softcap;     // softcap 0: none
+  int64_t window;           // 0: none
+};
+
+// One unit of work and where its partial result lives.
+struct AttentionUnit {
+  int32_t batch, kv_head;
+  int32_t row_begin, row_end;    // packed rows of this block
+  int64_t slot_begin, slot_end;  // KV slots of this split
+  const float* query;            // packed and scaled queries of the block, query_floats(rows, D)
+  float* partial;                // partial_floats(rows, D) floats
+};
+
+constexpr int64_t kKeyTile = 64;      // slots handled together; their scores stay in L1
+constexpr int64_t kMaxRowBlock = 384; // packed rows per unit
+constexpr int64_t kRowPad = 16;       // partial results are padded to this many rows on every level
+
+inline int64_t padded_rows(int64_t rows) { return (rows + kRowPad - 1) / kRowPad * kRowPad; }
+// Layout of a partial result: out^T [D][rows] | running max [rows] | sum of exp [rows], rows padded.
+inline int64_t partial_floats(int64_t rows, int64_t D) { return (D + 2) * padded_rows(rows); }
+inline int64_t query_floats(int64_t rows, int64_t D) { return D * padded_rows(rows); }
+// Floats of scratch that a thread needs.
+inline int64_t scratch_floats(int64_t rows, int64_t D) {
+  return kKeyTile * 3 * kRowPad       // scores of one tile
+         + 2 * kKeyTile * D           // keys and values converted to fp32
+         + 8 * padded_rows(rows);     // per-row bounds and bit words
+}
+
+// merge_attention on [n] rows of D values.
+struct MergeArgs {
+  const void *out_a, *out_b;
+  const float *lse_a, *lse_b;
+  void* out;
+  float* lse;
+  KvType type;
+  int64_t D;
+};
+
+struct AttentionKernels {
+  // Writes the packed queries of a unit's row block; all its splits read them.
+  void (*pack_query)(const AttentionArgs&, const AttentionUnit&, float* packed);
+  void (*run_unit)(const AttentionArgs&, const AttentionUnit&, float* scratch);
+  // Merges `count` partial results of one row block, in order, into out and lse.
+  void (*merge_units)(const AttentionArgs&, const AttentionUnit* first, int64_t count);
+  void (*merge_pair)(const MergeArgs&, int64_t begin, int64_t end);
+};
+
+namespace baseline { extern const AttentionKernels attention_kernels; }
+namespace avx2 { extern const AttentionKernels attention_kernels; }
+namespace avx512 { extern const AttentionKernels attention_kernels; }
+namespace avx512_bf16 { extern const AttentionKernels attention_kernels; }
+
+}  // namespace branchwise

@@ -1,0 +1,128 @@
+// append_kv and commit_kv: the two writers of a KV cache.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <vector>
+
+#include "cpu/kv_args.h"
+
+namespace branchwise {
+namespace {
+
+int64_t element_size(const Tensor& t) { return t.scalar_type() == ScalarType::Float ? 4 : 2; }
+
+}  // namespace
+
+void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
+               std::optional<Tensor> page_table) {
+  const char* op = "append_kv";
+  check_dim(op, "key", key, 4, "[B, Hkv, T, D]");
+  check_dim(op, "value", value, 4, "[B, Hkv, T, D]");
+  check_float_dtype(op, "key", key);
+  check_dtype(op, "value", value, key.scalar_type());
+  check_last_contiguous(op, "key", key);
+  check_last_contiguous(op, "value", value);
+  check_dtype(op, "key_cache", key_cache, key.scalar_type());
+  check_dtype(op, "value_cache", value_cache, key.scalar_type());
+  const int64_t B = key.size(0), Hkv = key.size(1), T = key.size(2);
+  for (int i = 0; i < 3; ++i) check_size(op, "value", value, i, key.size(i), "that of key");
+
+  const Tensor* from[] = {&key, &value};
+  const Tensor* to[] = {&key_cache, &value_cache};
+  const char* names[] = {"key_cache", "value_cache"};
+  const int32_t* lens = nullptr;
+  for (int i = 0; i < 2; ++i) {
+    const CacheShape shape = check_cache(op, names[i], *to[i], B, page_table);
+    check_size(op, names[i], *to[i], 1, Hkv, "Hkv");
+    check_size(op, names[i], *to[i], 3, from[i]->size(3), "D");
+    lens = check_seq_lens(op, seq_lens, B, T, shape, to[i]->size(0), page_table);
+  }
+
+  const int64_t bytes = element_size(key);
+  for (int i = 0; i < 2; ++i) {
+    const KvLayout layout = layout_of(*to[i], page_table);
+    const char* source = static_cast<const char*>(from[i]->const_data_ptr());
+    char* target = static_cast<char*>(to[i]->mutable_data_ptr());
+    const int64_t s0 = from[i]->stride(0), s1 = from[i]->stride(1), s2 = from[i]->stride(2);
+    const int64_t row_bytes = from[i]->size(3) * bytes;
+    // A long prompt is worth the threads, a few tokens are not.
+    const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, T * row_bytes));
+    torch::stable::parallel_for(0, B * Hkv, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t bh = begin; bh < end; ++bh) {
+        const int64_t b = bh / Hkv, h = bh % Hkv;
+        for (int64_t t = 0; t < T; ++t)
+          std::memcpy(target + layout.offset(b, h, lens[b] + t) * bytes, source + (b * s0 + h * s1 + t * s2) * bytes,
+                      row_bytes);
+      }
+    });
+  }
+}
+
+Tensor commit_kv(std::vector<Tensor> caches, Tensor accepted, Tensor num_accepted, Tensor seq_lens,
+                 std::optional<Tensor> page_table) {
+  const char* op = "commit_kv";
+  check_dim(op, "accepted", accepted, 2, "[B, A]");
+  check_dtype(op, "accepted", accepted, ScalarType::Int);
+  check_contiguous(op, "accepted", accepted);
+  const int64_t B = accepted.size(0), A = accepted.size(1);
+  check_dim(op, "num_accepted", num_accepted, 1, "[B]");
+  check_size(op, "num_accepted", num_accepted, 0, B, "B");
+  check_dtype(op, "num_accepted", num_accepted, ScalarType::Int);
+  check_contiguous(op, "num_accepted", num_accepted);
+  const int32_t* path = static_cast<const int32_t*>(accepted.const_data_ptr());
+  const int32_t* count = static_cast<const int32_t*>(num_accepted.const_data_ptr());
+  for (int64_t b = 0; b < B; ++b) {
+    BW_CHECK(count[b] >= 0 && count[b] <= A, op, ": num_accepted[", b, "] = ", count[b],
+             " must lie between 0 and accepted.size(1) = ", A);
+    for (int32_t j = 0; j < count[b]; ++j)
+      BW_CHECK(path[b * A + j] >= (j ? path[b * A + j - 1] + 1 : 0), op, ": accepted[", b, ", ", j, "] = ",
+               path[b * A + j], " must be a node id, ascending along the path");
+  }
+
+  // Nothing moves before every cache has passed its checks.
+  const int32_t* lens = nullptr;
+  for (size_t i = 0; i < caches.size(); ++i) {
+    const std::string name = "caches[" + std::to_string(i) + "]";
+    check_float_dtype(op, name.c_str(), caches[i]);
+    const CacheShape shape = check_cache(op, name.c_str(), caches[i], B, page_table);
+    lens = check_seq_lens(op, seq_lens, B, 0, shape, caches[i].size(0), page_table);
+    for (int64_t b = 0; b < B; ++b) {
+      if (count[b] == 0) continue;
+      const int64_t last = lens[b] + path[b * A + count[b] - 1];
+      BW_CHECK(last < shape.capacity, op, ": accepted[", b, ", ", count[b] - 1, "] lies in slot ", last, ", past the ",
+               shape.capacity, " slots of ", name);
+      if (!page_table) continue;
+      const int32_t* table = static_cast<const int32_t*>(page_table->const_data_ptr()) + b * page_table->stride(0);
+      for (int64_t n = 0; n <= last / caches[i].size(2); ++n)
+        BW_CHECK(table[n] >= 0 && table[n] < caches[i].size(0), op, ": page_table[", b, ", ", n, "] = ", table[n],
+                 " must lie between 0 and ", caches[i].size(0) - 1);
+    }
+  }
+  if (lens == nullptr) lens = check_seq_lens(op, seq_lens, B, 0, {0, 0, INT32_MAX}, 0, std::nullopt);
+
+  for (const Tensor& cache : caches) {
+    const KvLayout layout = layout_of(cache, page_table);
+    const int64_t bytes = element_size(cache), row_bytes = cache.size(3) * bytes;
+    char* data = static_cast<char*>(cache.mutable_data_ptr());
+    for (int64_t b = 0; b < B; ++b)
+      for (int32_t j = 0; j < count[b]; ++j) {
+        const int32_t node = path[b * A + j];
+        if (node == j) continue;  // ascending: the source is never behind the target
+        for (int64_t h = 0; h < cache.size(1); ++h)
+          std::memcpy(data + layout.offset(b, h, lens[b] + j) * bytes,
+                      data + layout.offset(b, h, lens[b] + node) * bytes, row_bytes);
+      }
+  }
+  Tensor after = torch::stable::new_empty(seq_lens, seq_lens.sizes());
+  int32_t* out = static_cast<int32_t*>(after.mutable_data_ptr());
+  for (int64_t b = 0; b < B; ++b) out[b] = lens[b] + count[b];
+  return after;
+}
+
+}  // namespace branchwise
+
+STABLE_TORCH_LIBRARY_IMPL(branchwise, CPU, m) {
+  m.impl("append_kv", TORCH_BOX(&branchwise::append_kv));
+  m.impl("commit_kv", TORCH_BOX(&branchwise::commit_kv));
+}

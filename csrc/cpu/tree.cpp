@@ -1,0 +1,120 @@
+// build_tree and verify_greedy: small integer work on token trees.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/check.h"
+
+namespace branchwise {
+namespace {
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+void check_nodes(const char* op, const char* name, const Tensor& t, int64_t B, int64_t T, ScalarType type) {
+  check_dim(op, name, t, 2, "[B, T]");
+  check_size(op, name, t, 0, B, "B");
+  check_size(op, name, t, 1, T, "T");
+  check_dtype(op, name, t, type);
+  check_contiguous(op, name, t);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> build_tree(Tensor parents, Tensor seq_lens) {
+  const char* op = "build_tree";
+  check_dim(op, "parents", parents, 2, "[B, T]");
+  const int64_t B = parents.size(0), T = parents.size(1), W = (T + 63) / 64;
+  check_nodes(op, "parents", parents, B, T, ScalarType::Int);
+  check_dim(op, "seq_lens", seq_lens, 1, "[B]");
+  check_size(op, "seq_lens", seq_lens, 0, B, "B");
+  check_dtype(op, "seq_lens", seq_lens, ScalarType::Int);
+  check_contiguous(op, "seq_lens", seq_lens);
+
+  Tensor mask = torch::stable::new_empty(parents, {B, T, W}, ScalarType::Long);
+  Tensor positions = torch::stable::new_empty(parents, {B, T}, ScalarType::Long);
+  Tensor next_token = torch::stable::new_empty(parents, {B, T});
+  Tensor next_sibling = torch::stable::new_empty(parents, {B, T});
+  for (int64_t b = 0; b < B; ++b) {
+    const int32_t* parent = data<const int32_t>(parents) + b * T;
+    const int64_t P = data<const int32_t>(seq_lens)[b];
+    int64_t* bits = data<int64_t>(mask) + b * T * W;
+    int64_t* position = data<int64_t>(positions) + b * T;
+    int32_t* child = data<int32_t>(next_token) + b * T;
+    int32_t* sibling = data<int32_t>(next_sibling) + b * T;
+    std::fill(bits, bits + T * W, 0);
+    std::fill(child, child + T, -1);
+    std::fill(sibling, sibling + T, -1);
+    for (int64_t i = 0; i < T; ++i) {
+      BW_CHECK(parent[i] >= -1 && parent[i] < i, op, ": parents[", b, ", ", i, "] = ", parent[i],
+               " must be -1 (root or padding) or a node before ", i);
+      position[i] = P;
+      if (parent[i] >= 0) {
+        std::copy_n(bits + parent[i] * W, W, bits + i * W);
+        position[i] = position[parent[i]] + 1;
+      }
+      bits[i * W + i / 64] |= static_cast<int64_t>(uint64_t{1} << (i % 64));
+    }
+    // Linking from the back leaves siblings in ascending order.
+    for (int64_t i = T - 1; i > 0; --i) {
+      if (parent[i] < 0) continue;
+      sibling[i] = child[parent[i]];
+      child[parent[i]] = static_cast<int32_t>(i);
+    }
+  }
+  return {mask, positions, next_token, next_sibling};
+}
+
+std::tuple<Tensor, Tensor, Tensor> verify_greedy(Tensor tokens, Tensor next_token, Tensor next_sibling,
+                                                 Tensor target) {
+  const char* op = "verify_greedy";
+  check_dim(op, "tokens", tokens, 2, "[B, T]");
+  const int64_t B = tokens.size(0), T = tokens.size(1);
+  BW_CHECK(T >= 1, op, ": tokens must hold at least the root, got shape ", shape_of(tokens));
+  check_nodes(op, "tokens", tokens, B, T, ScalarType::Long);
+  check_nodes(op, "next_token", next_token, B, T, ScalarType::Int);
+  check_nodes(op, "next_sibling", next_sibling, B, T, ScalarType::Int);
+  check_nodes(op, "target", target, B, T, ScalarType::Long);
+
+  Tensor accepted = torch::stable::new_empty(next_token, {B, T});
+  Tensor num_accepted = torch::stable::new_empty(next_token, {B});
+  Tensor bonus = torch::stable::new_empty(tokens, {B});
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t* token = data<const int64_t>(tokens) + b * T;
+    const int64_t* want = data<const int64_t>(target) + b * T;
+    const int32_t* child = data<const int32_t>(next_token) + b * T;
+    const int32_t* sibling = data<const int32_t>(next_sibling) + b * T;
+    int32_t* path = data<int32_t>(accepted) + b * T;
+    std::fill(path, path + T, -1);
+    int32_t node = 0, count = 1;
+    path[0] = 0;
+    for (int32_t c = child[0]; c >= 0;) {
+      // Links only ever lead to later nodes, so the walk ends whatever the tensors hold.
+      BW_CHECK(c > node && c < T, op, ": next_token or next_sibling of row ", b, " leads from node ", node, " to ", c,
+               "; links must lead to a later node below T = ", T);
+      if (token[c] == want[node]) {
+        node = c;
+        path[count++] = node;
+        c = child[node];
+      } else {
+        BW_CHECK(sibling[c] < 0 || sibling[c] > c, op, ": next_sibling[", b, ", ", c, "] = ", sibling[c],
+                 " must be -1 or a later node");
+        c = sibling[c];
+      }
+    }
+    data<int32_t>(num_accepted)[b] = count;
+    data<int64_t>(bonus)[b] = want[node];
+  }
+  return {accepted, num_accepted, bonus};
+}
+
+}  // namespace branchwise
+
+STABLE_TORCH_LIBRARY_IMPL(branchwise, CPU, m) {
+  m.impl("build_tree", TORCH_BOX(&branchwise::build_tree));
+  m.impl("verify_greedy", TORCH_BOX(&branchwise::verify_greedy));
+}

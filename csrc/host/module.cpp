@@ -1,0 +1,76 @@
+// branchwise._host: data structures of the drafters; numpy arrays and ints in and out, the GIL
+// released around the work.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "host/token_trie.h"
+
+namespace py = pybind11;
+using branchwise::Draft;
+using branchwise::TokenTrie;
+using branchwise::TrieOptions;
+
+namespace {
+
+using Tokens = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+template <typename T>
+py::array_t<T> to_numpy(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+void check_flat(const char* name, const Tokens& tokens) {
+  if (tokens.ndim() != 1)
+    throw py::value_error(std::string(name) + " must be one-dimensional, got " + std::to_string(tokens.ndim()) +
+                          " dimensions");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Host-side data structures of branchwise (no torch).";
+  py::class_<TokenTrie>(m, "TokenTrie")
+      .def(py::init([](std::vector<int32_t> eos, int32_t branch_length, int32_t query_length, float output_weight,
+                       int32_t max_nodes, int32_t max_output_nodes, int32_t squeeze_after) {
+             return std::make_unique<TokenTrie>(TrieOptions{branch_length, query_length, output_weight, max_nodes,
+                                                            max_output_nodes, squeeze_after},
+                                                std::move(eos));
+           }),
+           py::kw_only(), py::arg("eos"), py::arg("branch_length"), py::arg("query_length"), py::arg("output_weight"),
+           py::arg("max_nodes"), py::arg("max_output_nodes"), py::arg("squeeze_after"))
+      .def(
+          "begin",
+          [](TokenTrie& self, const Tokens& prompt) {
+            check_flat("prompt", prompt);
+            const int32_t* data = prompt.data();
+            const int64_t n = prompt.size();
+            py::gil_scoped_release release;
+            return self.begin(data, n);
+          },
+          py::arg("prompt"))
+      .def(
+          "observe",
+          [](TokenTrie& self, int64_t request, const Tokens& tokens) {
+            check_flat("tokens", tokens);
+            const int32_t* data = tokens.data();
+            const int64_t n = tokens.size();
+            py::gil_scoped_release release;
+            self.observe(request, data, n);
+          },
+          py::arg("request"), py::arg("tokens"))
+      .def(
+          "propose",
+          [](const TokenTrie& self, int64_t request, int32_t max_nodes) {
+            Draft draft;
+            {
+              py::gil_scoped_release release;
+              draft = self.propose(request, max_nodes);
+            }
+            return py::make_tuple(to_numpy(draft.tokens), to_numpy(draft.parents), to_numpy(draft.scores));
+          },
+          py::arg("request"), py::arg("max_nodes"))
+      .def("end", &TokenTrie::end, py::arg("request"), py::call_guard<py::gil_scoped_release>())
+      .def("counts", &TokenTrie::counts, py::arg("request"), py::arg("run"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_nodes", &TokenTrie::num_nodes);
+}

@@ -1,0 +1,24 @@
+"""Torch ops of branchwise: the only place that names ``torch.ops.branchwise``.
+
+One module per family holds, side by side, the typed wrapper, the fake kernel and the slow exact
+reference that the tests use as oracle.
+"""
+
+from ._load import CUDA_LOADED, ISA_LEVELS, LIBRARY_DIR, cpu_isa, set_cpu_isa
+from .attention import merge_attention, tree_attention
+from .kv import append_kv, commit_kv
+from .tree import build_tree, verify_greedy
+
+__all__ = [
+    "CUDA_LOADED",
+    "ISA_LEVELS",
+    "LIBRARY_DIR",
+    "append_kv",
+    "build_tree",
+    "commit_kv",
+    "cpu_isa",
+    "merge_attention",
+    "set_cpu_isa",
+    "tree_attention",
+    "verify_greedy",
+]

@@ -1,0 +1,102 @@
+"""Writers of the KV cache. Both work on contiguous [B, Hkv, S, D] and paged [pages, Hkv, page_size, D] caches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._load import refuse_grad
+
+
+def append_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor | None = None,
+) -> None:
+    """Writes the keys and values of T new tokens into slots ``seq_lens[b]`` .. ``seq_lens[b] + T - 1``, in place.
+
+    Args:
+        key, value: [B, Hkv, T, D] float32, bfloat16 or float16, last dimension contiguous.
+        key_cache, value_cache: same dtype; mutated.
+        seq_lens: i32[B], not changed.
+        page_table: i32[B, N], or None for contiguous caches.
+
+    Raises:
+        RuntimeError: shapes or dtypes disagree, a row's slots do not fit, or a page is out of range; nothing
+            is written then.
+
+    Source: card sparse-kernel-interface, family A.
+    """
+    refuse_grad("append_kv", key, value, key_cache, value_cache)
+    torch.ops.branchwise.append_kv(key, value, key_cache, value_cache, seq_lens, page_table)
+
+
+@torch.library.register_fake("branchwise::append_kv")
+def _(key, value, key_cache, value_cache, seq_lens, page_table=None):
+    return None
+
+
+def slot_view(cache: Tensor, row: int, slot: int, page_table: Tensor | None) -> Tensor:
+    """View [Hkv, D] of one slot."""
+    if page_table is None:
+        return cache[row, :, slot]
+    page_size = cache.shape[2]
+    return cache[int(page_table[row, slot // page_size]), :, slot % page_size]
+
+
+def append_kv_reference(key, value, key_cache, value_cache, seq_lens, page_table=None) -> None:
+    """The definition of :func:`append_kv`, slot by slot."""
+    for new, cache in ((key, key_cache), (value, value_cache)):
+        for b in range(new.shape[0]):
+            for t in range(new.shape[2]):
+                slot_view(cache, b, int(seq_lens[b]) + t, page_table).copy_(new[b, :, t])
+
+
+def commit_kv(
+    caches: Sequence[Tensor],
+    accepted: Tensor,
+    num_accepted: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor | None = None,
+) -> Tensor:
+    """Moves the slots of accepted nodes together, in place, for all layers in one call.
+
+    Slot P + accepted[b, j] moves to slot P + j for j < num_accepted[b]; what lies behind is garbage that the next
+    append overwrites. ``num_accepted`` counts the root, whose KV was written by the same forward as its tree.
+
+    Args:
+        caches: key and value caches of all layers, any mix of head counts and dims; mutated.
+        accepted: i32[B, A] node ids of the accepted path, ascending; entries after ``num_accepted`` are ignored.
+        num_accepted: i32[B], between 0 and A.
+        seq_lens: i32[B], not changed.
+        page_table: i32[B, N] shared by all caches, or None for contiguous caches.
+
+    Returns:
+        i32[B], ``seq_lens + num_accepted``.
+
+    Raises:
+        RuntimeError: a count, node or page is out of range or not ascending; nothing is moved then.
+
+    Source: card tree-verify, op 5 (compact_kv).
+    """
+    refuse_grad("commit_kv", *caches)
+    return torch.ops.branchwise.commit_kv(list(caches), accepted, num_accepted, seq_lens, page_table)
+
+
+@torch.library.register_fake("branchwise::commit_kv")
+def _(caches, accepted, num_accepted, seq_lens, page_table=None):
+    return torch.empty_like(seq_lens)
+
+
+def commit_kv_reference(caches, accepted, num_accepted, seq_lens, page_table=None) -> Tensor:
+    """The definition of :func:`commit_kv`: read every source, then write."""
+    for cache in caches:
+        for b in range(accepted.shape[0]):
+            nodes = accepted[b, : int(num_accepted[b])].tolist()
+            rows = [slot_view(cache, b, int(seq_lens[b]) + n, page_table).clone() for n in nodes]
+            for j, row in enumerate(rows):
+                slot_view(cache, b, int(seq_lens[b]) + j, page_table).copy_(row)
+    return seq_lens + num_accepted

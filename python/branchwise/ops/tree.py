@@ -1,0 +1,104 @@
+"""Token trees as tensors: from parents to masks, and the greedy walk. Card tree-verify, "Data layout" and rule A."""
+
+import torch
+from torch import Tensor
+
+
+def build_tree(parents: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything the model and the verifier need to know about a batch of trees.
+
+    Args:
+        parents: i32[B, T], contiguous; node 0 is the root. ``parents[b, i]`` is a node before i, or -1 for the root
+            and for padding, which sees only itself and is not reachable.
+        seq_lens: i32[B], P of each row.
+
+    Returns:
+        ``tree_mask`` i64[B, T, ceil(T/64)] ancestor bits; ``positions`` i64[B, T] = P + depth; ``next_token``
+        i32[B, T] first child or -1; ``next_sibling`` i32[B, T] next child of the same parent in ascending order, or -1.
+
+    Raises:
+        RuntimeError: a parent is not before its child, or a shape or dtype is wrong.
+    """
+    return torch.ops.branchwise.build_tree(parents, seq_lens)
+
+
+@torch.library.register_fake("branchwise::build_tree")
+def _(parents, seq_lens):
+    B, T = parents.shape
+    return (
+        parents.new_empty(B, T, (T + 63) // 64, dtype=torch.int64),
+        parents.new_empty(B, T, dtype=torch.int64),
+        torch.empty_like(parents),
+        torch.empty_like(parents),
+    )
+
+
+def build_tree_reference(parents: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The definition of :func:`build_tree` with Python integers."""
+    B, T = parents.shape
+    W = (T + 63) // 64
+    mask, positions = torch.zeros(B, T, W, dtype=torch.int64), torch.zeros(B, T, dtype=torch.int64)
+    next_token, next_sibling = torch.full_like(parents, -1), torch.full_like(parents, -1)
+    for b in range(B):
+        bits: list[int] = []
+        children: list[list[int]] = [[] for _ in range(T)]
+        for i, parent in enumerate(parents[b].tolist()):
+            bits.append((bits[parent] if parent >= 0 else 0) | 1 << i)
+            positions[b, i] = int(seq_lens[b]) + bits[i].bit_count() - 1
+            if parent >= 0:
+                children[parent].append(i)
+            for w in range(W):
+                word = bits[i] >> (64 * w) & (1 << 64) - 1
+                mask[b, i, w] = word - (1 << 64) if word >> 63 else word
+        for siblings in children:
+            for left, right in zip(siblings, siblings[1:], strict=False):
+                next_sibling[b, left] = right
+        for i, siblings in enumerate(children):
+            next_token[b, i] = siblings[0] if siblings else -1
+    return mask, positions, next_token, next_sibling
+
+
+def verify_greedy(
+    tokens: Tensor, next_token: Tensor, next_sibling: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rule A: walks from the root to the child that holds the target's choice, as long as there is one.
+
+    Args:
+        tokens: i64[B, T], token of each node; the root's is not read.
+        next_token, next_sibling: i32[B, T] from :func:`build_tree`.
+        target: i64[B, T], the target model's choice after each node (argmax, lowest index on ties).
+
+    Returns:
+        ``accepted`` i32[B, T] node ids of the path, root first, padded with -1; ``num_accepted`` i32[B] >= 1, counting
+        the root; ``bonus`` i64[B], the target's choice after the last accepted node.
+
+    Raises:
+        RuntimeError: a link leads backwards or out of the tree, or a shape or dtype is wrong.
+    """
+    return torch.ops.branchwise.verify_greedy(tokens, next_token, next_sibling, target)
+
+
+@torch.library.register_fake("branchwise::verify_greedy")
+def _(tokens, next_token, next_sibling, target):
+    return torch.empty_like(next_token), next_token.new_empty(tokens.shape[0]), tokens.new_empty(tokens.shape[0])
+
+
+def verify_greedy_reference(
+    tokens: Tensor, next_token: Tensor, next_sibling: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of :func:`verify_greedy`."""
+    accepted = torch.full_like(next_token, -1)
+    num_accepted, bonus = next_token.new_zeros(len(tokens)), tokens.new_zeros(len(tokens))
+    for b in range(len(tokens)):
+        node, path = 0, [0]
+        while True:
+            child = int(next_token[b, node])
+            while child >= 0 and tokens[b, child] != target[b, node]:
+                child = int(next_sibling[b, child])
+            if child < 0:
+                break
+            node = child
+            path.append(node)
+        accepted[b, : len(path)] = torch.tensor(path)
+        num_accepted[b], bonus[b] = len(path), target[b, node]
+    return accepted, num_accepted, bonus
