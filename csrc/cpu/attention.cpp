@@ -141,7 +141,8 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   args.window = window;
 
   // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot. The
-  // split size depends on the row's own length only: about 24 units per row keep threads busy.
+  // split size depends on the row's own length only: about 64 units per row keep many threads busy,
+  // and a long prompt, with blocks enough, is not split at all.
   const int64_t G = Hq / shape.Hkv;
   const int64_t tokens_per_block = std::max<int64_t>(1, kMaxRowBlock / G);
   const int64_t lanes_of_work = shape.Hkv * ((T + tokens_per_block - 1) / tokens_per_block);
@@ -150,8 +151,8 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   std::vector<int64_t> partial_at, query_at;
   int64_t floats = 0;
   for (int64_t b = 0; b < B; ++b) {
-    const int64_t even = (lens[b] + T) * lanes_of_work / 24 / kKeyTile * kKeyTile;
-    const int64_t split = std::clamp<int64_t>(even, 2 * kKeyTile, 8 * kKeyTile);
+    const int64_t even = (lens[b] + T) * lanes_of_work / 64 / kKeyTile * kKeyTile;
+    const int64_t split = std::max(even, 2 * kKeyTile);
     for (int64_t h = 0; h < shape.Hkv; ++h)
       for (int64_t t = 0; t < T; t += tokens_per_block) {
         const int64_t end_token = std::min(T, t + tokens_per_block), slots = lens[b] + end_token;

@@ -1,1 +1,36 @@
+"""branchwise: lossless tree speculation and tree attention for Hugging Face language models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .cache import KVStore
+    from .decoding import DecodeStats, TreeSpeculation, TreeSpeculationOutput
+    from .generate import generate
+    from .tree import DrawKind, RowTree, TokenTree
+
+# Loaded on first use: `import branchwise` alone stays cheap and loads neither torch nor transformers.
+_HOME = {
+    "KVStore": "cache",
+    "DecodeStats": "decoding",
+    "TreeSpeculation": "decoding",
+    "TreeSpeculationOutput": "decoding",
+    "generate": "generate",
+    "DrawKind": "tree",
+    "RowTree": "tree",
+    "TokenTree": "tree",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in ("ops", "drafters", "acceptance", "attention", "cache", "decoding", "tree"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'branchwise' has no attribute {name!r}")

@@ -1,0 +1,116 @@
+"""How the kernels reach a transformers model: an attention function that reads a per-forward plan.
+
+The function is registered under the name "branchwise" on first use; a model uses it only inside
+:func:`use_attention`. No mask function is registered for the name, so transformers builds no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from . import ops
+
+NAME = "branchwise"
+# Layer types whose mask the kernels express: the prefix, a window by position, and the tree.
+_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+
+
+@dataclass
+class AttentionPlan:
+    """What one forward tells every attention layer; travels as the keyword ``branchwise_plan`` of ``model(...)``."""
+
+    seq_lens: Tensor  # i32[B], tokens in the cache before this forward
+    tree_mask: Tensor | None  # i64[B, T, W], None: causal
+    calls: int = 0  # attention layers that ran
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    branchwise_plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: ``key`` and ``value`` are the whole slots that :class:`KVStore` returned."""
+    if branchwise_plan is None:
+        raise RuntimeError(
+            "the attention implementation 'branchwise' works only inside a branchwise decoder; "
+            "for a plain forward call model.set_attn_implementation('sdpa')"
+        )
+    branchwise_plan.calls += 1
+    out, _ = ops.tree_attention(
+        query,
+        key,
+        value,
+        branchwise_plan.seq_lens,
+        branchwise_plan.tree_mask,
+        scale=scaling,
+        window=sliding_window or 0,
+        sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
+        softcap=softcap or 0.0,
+    )
+    return out.transpose(1, 2), None
+
+
+@contextmanager
+def use_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's attention layers call :func:`attention_forward`; afterwards it is as before."""
+    if NAME not in AttentionInterface().valid_keys():
+        AttentionInterface.register(NAME, attention_forward)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    # The attribute behind the property: setting the property also rewrites nested configurations.
+    before = {key: config.__dict__.get("_attn_implementation_internal") for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuses, with the reason, a model whose attention or state the kernels cannot serve.
+
+    Raises:
+        ValueError: encoder-decoder, recurrent state, an attention that bypasses the attention interface, bidirectional
+            or chunked attention, or compressed (MLA) keys.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; branchwise decodes decoder-only models")
+    recurrent = sorted(layer_types & {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "moe"})
+    if getattr(model, "_is_stateful", False) or recurrent or hasattr(config, "layers_block_type"):
+        what = f" ({', '.join(recurrent)} layers)" if recurrent else ""
+        raise ValueError(f"{name} keeps recurrent state{what}, which cannot be rolled back when a draft is rejected")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"{name} does not use the transformers attention interface, so its attention cannot be replaced")
+    if layer_types - _LAYER_TYPES:
+        raise ValueError(
+            f"{name} has layers of type {', '.join(sorted(layer_types - _LAYER_TYPES))}; "
+            f"branchwise supports {', '.join(sorted(_LAYER_TYPES))}"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{name} stores compressed keys (MLA), which the KV store cannot hold yet")
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) == "all":
+        raise ValueError(f"{name} is configured with bidirectional attention; branchwise decodes causal models")
+    if model.device.type != "cpu":
+        raise ValueError(f"{name} is on {model.device}; tree_attention runs on the CPU so far: call model.to('cpu')")
+    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} has dtype {model.dtype}; branchwise supports float32, bfloat16 and float16")

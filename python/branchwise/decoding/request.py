@@ -1,0 +1,114 @@
+"""What ``generate`` hands to a custom decoder, checked and split into rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from ..acceptance import Processor
+
+# Arguments that plain decoding passes to the model and that a tree decoder supplies itself.
+_OWN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "cache_position"}
+_PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def check_request(decoder: str, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Refuses what a tree decoder cannot do.
+
+    Raises:
+        ValueError: beams or another generation mode, attentions or hidden states in the result, a cache that already
+            holds tokens, or model inputs other than text.
+    """
+    mode = config.get_generation_mode()
+    if mode not in _PLAIN_MODES:
+        raise ValueError(f"{decoder} decodes greedily or by sampling; this configuration asks for {mode.value}")
+    for option in ("output_attentions", "output_hidden_states"):
+        if getattr(config, option) and config.return_dict_in_generate:
+            raise ValueError(f"{option}=True is not supported by {decoder}")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(f"past_key_values must be empty: {decoder} keeps a KV store of its own")
+    other = sorted(key for key, value in model_kwargs.items() if key not in _OWN_ARGUMENTS and value is not None)
+    if other:
+        raise ValueError(f"{decoder} takes token ids only; it cannot pass {', '.join(other)} to the model")
+
+
+def prompt_starts(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
+    """Index of the first real token of every left-padded row.
+
+    Raises:
+        ValueError: the mask has another shape, an empty row, or zeros after its first one (right padding, gaps).
+    """
+    B, length = input_ids.shape
+    if length == 0:
+        raise ValueError("input_ids must hold at least one token per row, got 0")
+    if attention_mask is None:
+        return [0] * B
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+        )
+    starts = []
+    for row, mask in enumerate(attention_mask.bool()):
+        start = length - int(mask.sum())
+        if start == length or not mask[start:].all():
+            raise ValueError(f"attention_mask[{row}] must be zeros, then ones (left padding), with at least one 1")
+        starts.append(start)
+    return starts
+
+
+def row_processors(processors: LogitsProcessorList | None, batch_size: int) -> list[Sequence[Processor]]:
+    """The processors of each row, which are called with that row alone.
+
+    Raises:
+        ValueError: a processor that runs the model itself, or one that is bound to the batch when there are more rows.
+    """
+    processors = processors or LogitsProcessorList()
+    for processor in processors:
+        if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            raise ValueError("guidance_scale is not supported: its processor runs the model with a cache of its own")
+        bound = (
+            EncoderNoRepeatNGramLogitsProcessor,
+            EncoderRepetitionPenaltyLogitsProcessor,
+            SynthIDTextWatermarkLogitsProcessor,
+        )
+        if batch_size > 1 and isinstance(processor, bound):
+            raise ValueError(
+                f"{type(processor).__name__} keeps state per batch position; with it, decode one row at a time"
+            )
+    return [[_for_row(processor, row) for processor in processors] for row in range(batch_size)]
+
+
+def _for_row(processor: Any, row: int) -> Processor:
+    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return processor
+    allowed = processor._prefix_allowed_tokens_fn  # expects the row's place in the batch
+    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+
+
+def callers_streamer() -> Any:
+    """The ``streamer`` of the ``generate`` call that is running this decoder.
+
+    transformers (5.17 to 5.23 read) feeds the prompt to the streamer but does not hand it to a callable
+    ``custom_generate``, which would leave the user with a silent stream; so it is taken from the calling frame.
+    """
+    frame = sys._getframe(2)
+    return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
+
+
+def pad_and_stack(rows: Sequence[Tensor], pad: int) -> Tensor:
+    """[B, longest] from rows of different lengths."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad)

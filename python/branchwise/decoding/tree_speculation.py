@@ -1,0 +1,310 @@
+"""Tree speculation: guess a tree, score it in one forward, keep the path the target agrees with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from ..acceptance import GREEDY, SAMPLE_AND_MATCH, Accepted, Rule, Target
+from ..attention import AttentionPlan, check_supported, use_attention
+from ..cache import KVStore
+from ..drafters import Drafter, make_drafter
+from ..tree import RowTree, TokenTree
+from .request import callers_streamer, check_request, pad_and_stack, prompt_starts, row_processors
+from .stats import DecodeStats
+from .tree_size import TreeSizer
+
+_PREFILL_CHUNK = 2048  # prompt tokens per forward: bounds activations and workspace
+
+
+@dataclass
+class TreeSpeculationOutput(GenerateDecoderOnlyOutput):
+    """As plain ``generate`` returns with ``return_dict_in_generate``, plus ``stats``; ``past_key_values`` is a KVStore."""
+
+    stats: DecodeStats | None = None
+
+
+class TreeSpeculation:
+    """A ``custom_generate`` callable: ``model.generate(**inputs, custom_generate=TreeSpeculation())``.
+
+    Greedy decoding gives the tokens of plain ``generate`` (fp32: token for token). Sampling uses sample-and-match,
+    which keeps the distribution exactly; with one row and one seed it gives the plain sampler's tokens. Logits
+    processors see each node's own text. Any batch size, left-padded as usual.
+
+    One object keeps what its drafter and its cost estimates learned across calls; make one per user if texts must not
+    influence each other's speed. ``stats`` describes the last finished call.
+
+    Args:
+        drafter: "trie", "prompt_lookup", or any :class:`branchwise.drafters.Drafter`.
+        max_nodes: most nodes per row and forward, root included.
+        adaptive: verify only as many nodes as pay, by measured cost and acceptance; False always uses ``max_nodes``.
+
+    Raises:
+        ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request.
+    """
+
+    def __init__(self, drafter: str | Drafter = "trie", max_nodes: int = 32, adaptive: bool = True) -> None:
+        if not 1 <= max_nodes <= 1024:
+            raise ValueError(f"max_nodes must lie between 1 and 1024, got {max_nodes}")
+        self.drafter = make_drafter(drafter)
+        self.max_nodes = max_nodes
+        self.adaptive = adaptive
+        self.stats = DecodeStats()
+        self._sizers: dict[tuple[int, torch.dtype], TreeSizer] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor | TreeSpeculationOutput:
+        config = generation_config or model.generation_config
+        check_supported(model)
+        check_request("TreeSpeculation", config, model_kwargs)
+        rule = SAMPLE_AND_MATCH if config.do_sample else GREEDY
+        if self.drafter.draws not in rule.accepts:
+            raise ValueError(f"rule {rule.name} is not exact for drafts drawn {self.drafter.draws.value}")
+        sizer = self._sizers.setdefault((model.num_parameters(), model.dtype), TreeSizer())
+        run = _Run(
+            model=model,
+            config=config,
+            rule=rule,
+            processors=row_processors(logits_processor, input_ids.shape[0]),
+            stopping=stopping_criteria or StoppingCriteriaList(),
+            streamer=streamer if streamer is not None else callers_streamer(),
+            max_nodes=self.max_nodes,
+            sizer=sizer if self.adaptive else None,
+        )
+        with use_attention(model):
+            result = run.decode(self.drafter, input_ids, prompt_starts(input_ids, model_kwargs.get("attention_mask")))
+        self.stats = run.stats
+        return result
+
+
+class _Run:
+    """One ``generate`` call. Rows that finish leave the batch; ``rows[i]`` is the original row of batch index i."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GenerationConfig,
+        rule: Rule,
+        processors: Sequence[Any],
+        stopping: StoppingCriteriaList,
+        streamer: Any,
+        max_nodes: int,
+        sizer: TreeSizer | None,
+    ) -> None:
+        self.model, self.config, self.rule, self.processors = model, config, rule, processors
+        self.stopping, self.streamer, self.max_nodes, self.sizer = stopping, streamer, max_nodes, sizer
+        self.stats = DecodeStats()
+        self.keep_finished = bool(config.return_dict_in_generate)  # the returned cache must hold every row
+        self.keep_scores = self.keep_finished and bool(config.output_scores or config.output_logits)
+
+    def decode(self, drafter: Drafter, input_ids: Tensor, starts: list[int]) -> Tensor | TreeSpeculationOutput:
+        B, length = input_ids.shape
+        self.max_length = self.stopping.max_length or self.config.max_length
+        # Texts as plain generate's processors and criteria see them, padding included.
+        room = max(self.max_length, length) + self.max_nodes + 1
+        self.texts = [torch.nn.functional.pad(input_ids[b : b + 1], (0, room - length)) for b in range(B)]
+        self.lengths = [length] * B
+        self.scores: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(B)]
+        self.stats.accepted_flags = [[] for _ in range(B)]
+        self.rows = list(range(B))
+        self.finished = [False] * B
+
+        prompts = [input_ids[b, starts[b] :] for b in range(B)]
+        eos = self.config._eos_token_tensor
+        session = drafter.begin(
+            [prompt.numpy().astype(np.int32) for prompt in prompts],
+            frozenset() if eos is None else frozenset(eos.flatten().tolist()),
+        )
+        try:
+            self.prefill(prompts, session)
+            while self.rows and not all(self.finished):
+                self.round(session)
+        finally:
+            session.close()
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.result()
+
+    def prefill(self, prompts: list[Tensor], session: Any) -> None:
+        """Runs the prompts, ragged and without their padding, and emits the first token of every row."""
+        begun = time.perf_counter()
+        lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+        longest = int(lengths.max())
+        new_tokens = max(self.max_length - self.lengths[0], 1)
+        self.store = KVStore(len(prompts), longest + min(new_tokens, 512) + self.max_nodes)
+        tokens = pad_and_stack(prompts, 0)
+        logits: Tensor | None = None
+        for begin in range(0, longest, _PREFILL_CHUNK):
+            chunk = tokens[:, begin : begin + _PREFILL_CHUNK]
+            # A row that ended in an earlier chunk writes behind its end, where the next append overwrites it.
+            ends = (lengths - begin).clamp(0, chunk.shape[1])
+            here = torch.nonzero((ends > 0) & (lengths <= begin + chunk.shape[1])).flatten().tolist()
+            wanted = sorted({int(ends[b]) - 1 for b in here}) or [0]
+            out = self.forward(chunk, self.store.seq_lens[:, None] + torch.arange(chunk.shape[1]), None, wanted)
+            logits = out.new_empty(len(prompts), 1, out.shape[-1]) if logits is None else logits
+            for b in here:
+                logits[b, 0] = out[b, wanted.index(int(ends[b]) - 1)]
+            self.store.advance(ends)
+        assert logits is not None
+        self.stats.seconds_prefill = time.perf_counter() - begun
+
+        roots = TokenTree([RowTree.root(int(prompt[-1])) for prompt in prompts], self.store.seq_lens)
+        self.accept(roots, logits, session)
+        self.drop_finished(session)
+
+    def round(self, session: Any) -> None:
+        begun = time.perf_counter()
+        budgets = [self.budget(i) for i in range(len(self.rows))]
+        trees = session.propose(budgets)
+        trees = [self.shallow(tree, i) for i, tree in enumerate(trees)]
+        if self.sizer is not None:
+            trees = self.sizer.choose(trees)
+        tree = TokenTree(trees, self.store.seq_lens)
+        drafted = time.perf_counter()
+        logits = self.forward(tree.tokens, tree.positions, None if tree.is_chain else tree.tree_mask, None)
+        done = time.perf_counter()
+        if self.sizer is not None:
+            self.sizer.observe_time(tree.tokens.numel(), done - drafted)
+        accepted = self.accept(tree, logits, session)
+        self.store.commit(accepted.nodes, accepted.count)
+        self.drop_finished(session)
+        self.stats.seconds_draft += drafted - begun
+        self.stats.seconds_forward += done - drafted
+        self.stats.seconds_verify += time.perf_counter() - done
+
+    def budget(self, i: int) -> int:
+        return 1 if self.finished[i] else self.max_nodes
+
+    def shallow(self, tree: RowTree, i: int) -> RowTree:
+        """Without nodes that could not be emitted before ``max_length``."""
+        depth_limit = self.max_length - self.lengths[self.rows[i]] - 1
+        if len(tree) - 1 <= depth_limit:
+            return tree
+        depth = np.zeros(len(tree), np.int64)
+        for node in range(1, len(tree)):
+            depth[node] = depth[tree.parents[node]] + 1
+        keep = depth <= max(depth_limit, 0)
+        index = np.cumsum(keep) - 1
+        parents = np.where(tree.parents[keep] >= 0, index[tree.parents[keep]], -1).astype(np.int32)
+        return RowTree(tree.tokens[keep], parents, tree.scores[keep])
+
+    def forward(self, tokens: Tensor, positions: Tensor, tree_mask: Tensor | None, wanted: list[int] | None) -> Tensor:
+        """Logits [B, T or len(wanted), V]; the new keys and values are in the store, uncommitted."""
+        self.store.reserve(tokens.shape[1])
+        plan = AttentionPlan(self.store.seq_lens, tree_mask)
+        keep: dict[str, Any] = {}
+        if wanted is not None and self.model._supports_logits_to_keep():
+            keep["logits_to_keep"] = torch.tensor(wanted)
+        logits = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            past_key_values=self.store,
+            use_cache=True,
+            branchwise_plan=plan,
+            **keep,
+        ).logits
+        if plan.calls == 0:
+            raise ValueError(
+                f"{type(self.model).__name__} never called the registered attention function; it is not supported"
+            )
+        self.stats.forwards += 1
+        self.stats.row_forwards += len(self.rows) - sum(self.finished)
+        return logits[:, wanted] if wanted is not None and not keep else logits
+
+    def accept(self, tree: TokenTree, logits: Tensor, session: Any) -> Accepted:
+        """Applies the rule and emits; the counts come back cut where a row ended inside its accepted run."""
+        target = Target(
+            logits,
+            [self.texts[row] for row in self.rows],
+            [self.lengths[row] for row in self.rows],
+            [self.processors[row] for row in self.rows],
+            self.keep_scores,
+        )
+        accepted = self.rule(tree, target)
+        emitted: list[list[int]] = []
+        for i, row in enumerate(self.rows):
+            if self.finished[i]:
+                accepted.count[i] = 0
+                emitted.append([])
+                continue
+            drafted = int(accepted.count[i]) - 1
+            tokens = self.emit(i, accepted.tokens(tree, i))
+            emitted.append(tokens)
+            # The last token's KV is not in the store, whether it was drafted or not: it is the next root.
+            accepted.count[i] = len(tokens)
+            if target.visited is not None:
+                self.scores[row] += target.visited[i][: len(tokens)]
+            if self.sizer is not None:
+                self.sizer.observe_tree(tree.rows[i], accepted.nodes[i, : drafted + 1].tolist())
+            self.stats.drafted += len(tree.rows[i]) - 1
+            self.stats.accepted += min(drafted, len(tokens))
+            self.stats.emitted += len(tokens)
+            self.stats.accepted_flags[row] += [j < drafted for j in range(len(tokens))]
+        session.observe(emitted)
+        return accepted
+
+    def emit(self, i: int, tokens: list[int]) -> list[int]:
+        """Appends tokens to a row's text until one of them ends it; returns those that were said."""
+        row = self.rows[i]
+        for said, token in enumerate(tokens, start=1):
+            self.texts[row][0, self.lengths[row]] = token
+            self.lengths[row] += 1
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor([token]))
+            text = self.texts[row][:, : self.lengths[row]]
+            if self.lengths[row] >= self.max_length or (self.stopping and bool(self.stopping(text, None).all())):
+                self.finished[i] = True
+                return tokens[:said]
+        return tokens
+
+    def drop_finished(self, session: Any) -> None:
+        if self.keep_finished or not any(self.finished):
+            return
+        kept = [i for i, done in enumerate(self.finished) if not done]
+        if kept:
+            self.store.select_rows(kept)
+            session.keep(kept)
+        self.rows = [self.rows[i] for i in kept]
+        self.finished = [False] * len(kept)
+
+    def result(self) -> Tensor | TreeSpeculationOutput:
+        pad = self.config._pad_token_tensor
+        texts = [text[0, :length] for text, length in zip(self.texts, self.lengths, strict=True)]
+        sequences = pad_and_stack(texts, 0 if pad is None else int(pad.flatten()[0]))
+        if not self.config.return_dict_in_generate:
+            return sequences
+        raw, processed = self.score_steps() if self.keep_scores else ((), ())
+        return TreeSpeculationOutput(
+            sequences=sequences,
+            scores=processed if self.config.output_scores else None,
+            logits=raw if self.config.output_logits else None,
+            past_key_values=self.store,
+            stats=self.stats,
+        )
+
+    def score_steps(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Raw and processed scores per step, each [B, V]; zero after the end of a row."""
+        steps = max(len(row) for row in self.scores)
+        zero = torch.zeros_like(self.scores[0][0][0])
+        raw, processed = (
+            tuple(torch.cat([row[t][kind] if t < len(row) else zero for row in self.scores]) for t in range(steps))
+            for kind in (0, 1)
+        )
+        return raw, processed

@@ -1,0 +1,19 @@
+"""Where candidate trees come from, one file each."""
+
+from .base import Drafter, DraftSession
+from .prompt_lookup import PromptLookup
+from .trie import Trie
+
+BY_NAME = {"trie": Trie, "prompt_lookup": PromptLookup}
+
+
+def make_drafter(drafter: str | Drafter) -> Drafter:
+    """A drafter from its name, or the object itself."""
+    if not isinstance(drafter, str):
+        return drafter
+    if drafter not in BY_NAME:
+        raise ValueError(f"drafter must be a Drafter or one of {', '.join(sorted(BY_NAME))}, got {drafter!r}")
+    return BY_NAME[drafter]()
+
+
+__all__ = ["BY_NAME", "DraftSession", "Drafter", "PromptLookup", "Trie", "make_drafter"]

@@ -1,0 +1,87 @@
+"""Trie drafter: branches that followed the same tokens in this prompt or in earlier outputs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from .. import _host
+from ..tree import DrawKind, RowTree
+
+
+class Trie:
+    """Drafts retrieved from a trie of token runs, in C++ (card lookahead-trie; Zhao et al. 2023, arXiv 2312.12728).
+
+    Two counters per run: occurrences in the request's own prompt, private to the request and forgotten with it, and
+    occurrences in any output, kept in this object. Sharing the object shares what was learned, and nothing else does.
+    Thread-safe. Memory is bounded: rare runs are dropped and counts halved when a tree of the trie grows too large.
+
+    Args:
+        branch_length: longest branch, in tokens.
+        query_length: longest context suffix that is looked up; shorter ones fill what is left of the budget.
+        output_weight: w in ``(1 - w) * prompt_count + w * output_count``, the weight of a candidate.
+        max_nodes: nodes below one first token that cause a squeeze at once.
+        max_output_nodes: nodes below one first token that a squeeze leaves alone.
+        squeeze_after: first tokens touched before finished requests cause a squeeze.
+
+    Raises:
+        ValueError: a length or limit below 1, or ``output_weight`` outside [0, 1].
+    """
+
+    draws = DrawKind.DETERMINISTIC
+
+    def __init__(
+        self,
+        branch_length: int = 12,
+        query_length: int = 4,
+        output_weight: float = 0.5,
+        max_nodes: int = 65536,
+        max_output_nodes: int = 512,
+        squeeze_after: int = 1024,
+    ) -> None:
+        self._options = {
+            "branch_length": branch_length,
+            "query_length": query_length,
+            "output_weight": output_weight,
+            "max_nodes": max_nodes,
+            "max_output_nodes": max_output_nodes,
+            "squeeze_after": squeeze_after,
+        }
+        _host.TokenTrie(eos=[], **self._options)  # checks the options now rather than on first use
+        self._tries: dict[frozenset[int], _host.TokenTrie] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int]) -> TrieSession:
+        # Runs end at EOS, so models with other EOS tokens must not read each other's runs.
+        with self._lock:
+            if eos not in self._tries:
+                self._tries[eos] = _host.TokenTrie(eos=sorted(eos), **self._options)
+            trie = self._tries[eos]
+        return TrieSession(trie, prompts)
+
+
+class TrieSession:
+    def __init__(self, trie: _host.TokenTrie, prompts: Sequence[np.ndarray]) -> None:
+        self._trie = trie
+        self._requests = [trie.begin(prompt) for prompt in prompts]
+
+    def propose(self, budgets: Sequence[int]) -> list[RowTree]:
+        return [
+            RowTree(*self._trie.propose(request, budget))
+            for request, budget in zip(self._requests, budgets, strict=True)
+        ]
+
+    def observe(self, emitted: Sequence[Sequence[int]]) -> None:
+        for request, tokens in zip(self._requests, emitted, strict=True):
+            self._trie.observe(request, np.asarray(tokens, np.int32))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        kept = [self._requests[row] for row in rows]
+        for request in set(self._requests) - set(kept):
+            self._trie.end(request)
+        self._requests = kept
+
+    def close(self) -> None:
+        self.keep([])
