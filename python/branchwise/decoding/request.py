@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -93,10 +94,14 @@ def row_processors(processors: LogitsProcessorList | None, batch_size: int) -> l
 
 
 def _for_row(processor: Any, row: int) -> Processor:
-    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
-        return processor
-    allowed = processor._prefix_allowed_tokens_fn  # expects the row's place in the batch
-    return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn  # expects the row's place in the batch
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, Tensor) and ignored.dim() > 0:  # the padding of every row, which penalties skip
+        processor = copy(processor)
+        processor.prompt_ignore_length = ignored[row : row + 1]
+    return processor
 
 
 def callers_streamer() -> Any:
@@ -105,8 +110,14 @@ def callers_streamer() -> Any:
     transformers (5.17 to 5.23 read) feeds the prompt to the streamer but does not hand it to a callable
     ``custom_generate``, which would leave the user with a silent stream; so it is taken from the calling frame.
     """
-    frame = sys._getframe(2)
-    return frame.f_locals.get("streamer") if frame.f_code.co_name == "generate" else None
+    frame = sys._getframe(1)
+    for _ in range(5):  # wrappers such as no_grad lie between
+        if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
+            return frame.f_locals.get("streamer")
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
 
 
 def pad_and_stack(rows: Sequence[Tensor], pad: int) -> Tensor:

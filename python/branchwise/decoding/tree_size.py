@@ -8,7 +8,7 @@ import numpy as np
 
 from ..tree import RowTree
 
-_SCORE_BUCKETS = 12
+_SCORE_BUCKETS = 16
 _FORGET = 0.98  # per round: costs and acceptance drift with the text and the machine
 
 
@@ -24,7 +24,7 @@ class TreeSizer:
         # Weighted sums for the line: n, n^2, t, n t, weight; and a prior slope per token relative to the base.
         self._sums = np.zeros(5)
         self._prior_slope = 0.04
-        centres = (np.arange(_SCORE_BUCKETS) + 0.5) / _SCORE_BUCKETS
+        centres = ((np.arange(_SCORE_BUCKETS) + 0.5) / _SCORE_BUCKETS) ** 2
         self._prior_hits, self._prior_tries = 4.0 * centres, np.full(_SCORE_BUCKETS, 4.0)
         self._hits, self._tries = np.zeros(_SCORE_BUCKETS), np.zeros(_SCORE_BUCKETS)
 
@@ -80,4 +80,5 @@ class TreeSizer:
 
 
 def _bucket(scores: np.ndarray) -> np.ndarray:
-    return np.clip((scores * _SCORE_BUCKETS).astype(np.int64), 0, _SCORE_BUCKETS - 1)
+    # Finer towards 0, where most nodes are and where it is decided whether they pay.
+    return np.clip((np.sqrt(scores) * _SCORE_BUCKETS).astype(np.int64), 0, _SCORE_BUCKETS - 1)

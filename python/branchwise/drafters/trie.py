@@ -35,7 +35,7 @@ class Trie:
     def __init__(
         self,
         branch_length: int = 12,
-        query_length: int = 4,
+        query_length: int = 5,
         output_weight: float = 0.5,
         max_nodes: int = 65536,
         max_output_nodes: int = 512,

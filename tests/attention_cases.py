@@ -1,0 +1,121 @@
+"""The case table of tree_attention: one entry per shape and option; it serves CPU and CUDA tests and the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from branchwise import ops
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int = 1
+    Hq: int = 4
+    Hkv: int = 2
+    T: int = 5
+    D: int = 64
+    prefix: int = 300  # longest P; rows get different lengths up to it
+    tree: bool = True  # False: causal
+    page_size: int = 0  # 0: contiguous
+    window: int = 0
+    sinks: bool = False
+    softcap: float = 0.0
+    scale: float | None = None
+    large: float = field(default=1.0)  # factor on the query, for saturated softmax
+
+    def __str__(self):
+        name = f"B{self.B}-{self.Hq}/{self.Hkv}x{self.D}-T{self.T}-P{self.prefix}-{'tree' if self.tree else 'causal'}"
+        options = {"page": self.page_size, "win": self.window, "sinks": self.sinks, "cap": self.softcap}
+        return name + "".join(f"-{key}{value}" for key, value in options.items() if value)
+
+
+CASES = [
+    # plain decoding: few rows, one to four per KV head, and just above the few-row kernel
+    Case(T=1, Hq=2, Hkv=2, tree=False),
+    Case(T=1, Hq=4, Hkv=2),
+    Case(T=1, Hq=9, Hkv=3, prefix=1000),
+    Case(T=1, Hq=8, Hkv=2, D=128, B=3),
+    Case(T=1, Hq=10, Hkv=2, D=128, B=3),
+    Case(T=2, Hq=2, Hkv=2, window=40),
+    Case(T=3, Hq=1, Hkv=1, softcap=4.0, sinks=True, page_size=5),
+    # trees of every size around vector, word and tile borders
+    Case(T=7, Hq=7, Hkv=1, B=2),
+    Case(T=16, Hq=9, Hkv=3, B=4, prefix=700),
+    Case(T=63, B=2),
+    Case(T=64, Hq=8, Hkv=2),
+    Case(T=65, B=2, prefix=64),
+    Case(T=130, Hq=6, Hkv=3, B=2, prefix=70),
+    Case(T=400, Hq=4, Hkv=1, D=32, prefix=33),
+    Case(T=1024, Hq=2, Hkv=1, D=32, prefix=128),
+    # head dims: smallest, odd sizes, largest
+    Case(D=32),
+    Case(D=36, B=2),
+    Case(D=80, T=12),
+    Case(D=96, T=1),
+    Case(D=100, T=1, Hq=3, Hkv=1),
+    Case(D=112, Hq=3, Hkv=3),
+    Case(D=256, Hq=4, Hkv=1, T=20),
+    Case(D=512, Hq=2, Hkv=1, T=3),
+    # no prefix, a prefix of one, and prompts
+    Case(prefix=0, T=70, tree=False),
+    Case(prefix=1, T=9, B=3),
+    Case(prefix=0, T=500, Hq=4, Hkv=2, tree=False),
+    # options, alone and together
+    Case(window=17, T=40, B=2),
+    Case(window=1, T=20),
+    Case(window=500, T=30),
+    Case(window=64, T=1, Hq=4, Hkv=4, prefix=500, tree=False),
+    Case(softcap=3.0, T=33),
+    Case(sinks=True, T=33, B=2),
+    Case(scale=1.0, T=10),
+    Case(page_size=16, T=30, B=3),
+    Case(page_size=1, T=6, B=2),
+    Case(page_size=7, T=70, B=2, window=50, sinks=True, softcap=5.0),
+    Case(large=100.0, T=20),
+    Case(large=100.0, T=1, softcap=20.0),
+]
+
+
+@dataclass
+class Inputs:
+    args: tuple
+    options: dict
+
+
+def random_parents(B: int, T: int, generator: torch.Generator) -> torch.Tensor:
+    """Random trees; a few trailing nodes of every other row are padding."""
+    parents = torch.full((B, T), -1, dtype=torch.int32)
+    for b in range(B):
+        nodes = T - (b % 2) * (T // 5)
+        for i in range(1, nodes):
+            low = max(0, i - 6) if b % 3 else 0
+            parents[b, i] = int(torch.randint(low, i, (1,), generator=generator))
+    return parents
+
+
+def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    g = torch.Generator().manual_seed(seed)
+    B, Hq, Hkv, T, D = case.B, case.Hq, case.Hkv, case.T, case.D
+    seq_lens = torch.randint(case.prefix // 2, case.prefix + 1, (B,), generator=g, dtype=torch.int32)
+    seq_lens[0] = case.prefix
+    query = (torch.randn(B, T, Hq, D, generator=g) * case.large).to(dtype).transpose(1, 2)  # as models pass it
+    S = case.prefix + T
+    page_table = None
+    if case.page_size:
+        per_row = -(-S // case.page_size)
+        shape = (B * per_row + 1, Hkv, case.page_size, D)  # one page stays unused
+        page_table = torch.randperm(B * per_row, generator=g).int().view(B, per_row)
+    else:
+        shape = (B, Hkv, S + 3, D)
+    key, value = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+    mask = ops.build_tree(random_parents(B, T, g), seq_lens)[0] if case.tree else None
+    options = {
+        "page_table": page_table,
+        "scale": case.scale,
+        "window": case.window,
+        "sinks": torch.randn(Hq, generator=g) if case.sinks else None,
+        "softcap": case.softcap,
+    }
+    return Inputs((query, key, value, seq_lens, mask), options)

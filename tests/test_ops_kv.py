@@ -1,0 +1,107 @@
+"""append_kv and commit_kv against their slot-by-slot definitions."""
+
+import pytest
+import torch
+
+from branchwise import ops
+from branchwise.ops.kv import append_kv_reference, commit_kv_reference
+
+
+def caches(B, Hkv, D, S, dtype, page_size=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    if not page_size:
+        return [torch.randn(B, Hkv, S, D, generator=g).to(dtype) for _ in range(2)], None
+    per_row = -(-S // page_size)
+    pool = [torch.randn(B * per_row, Hkv, page_size, D, generator=g).to(dtype) for _ in range(2)]
+    return pool, torch.randperm(B * per_row, generator=g).int().view(B, per_row)
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("B, Hkv, T, D", [(1, 1, 1, 32), (3, 2, 5, 40), (2, 3, 70, 64)])
+def test_append_kv(B, Hkv, T, D, dtype, page_size):
+    cache, table = caches(B, Hkv, D, 100, dtype, page_size)
+    expected = [c.clone() for c in cache]
+    seq_lens = torch.tensor([0, 17, 30][:B], dtype=torch.int32)
+    key, value = (torch.randn(B, T, Hkv, D).to(dtype).transpose(1, 2) for _ in range(2))
+    ops.append_kv(key, value, *cache, seq_lens, table)
+    append_kv_reference(key, value, *expected, seq_lens, table)
+    assert torch.equal(cache[0], expected[0]) and torch.equal(cache[1], expected[1])
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 5, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_commit_kv(dtype, page_size):
+    """Layers of different head counts and dims; rows that accept nothing, the root, a chain, a scattered path."""
+    B = 4
+    small, table = caches(B, 1, 32, 64, dtype, page_size)
+    wide, _ = caches(B, 3, 64, 64, dtype, page_size, seed=1)
+    cache = [*small, *wide]
+    expected = [c.clone() for c in cache]
+    accepted = torch.tensor([[-1] * 5, [0, -1, -1, -1, -1], [0, 1, 2, 3, -1], [0, 3, 4, 9, 20]], dtype=torch.int32)
+    num_accepted = torch.tensor([0, 1, 4, 5], dtype=torch.int32)
+    seq_lens = torch.tensor([0, 3, 11, 40], dtype=torch.int32)
+    lengths = ops.commit_kv(cache, accepted, num_accepted, seq_lens, table)
+    assert torch.equal(lengths, commit_kv_reference(expected, accepted, num_accepted, seq_lens, table))
+    assert lengths.tolist() == [0, 4, 15, 45]
+    for actual, wanted in zip(cache, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_commit_then_append_equals_appending_the_path():
+    g = torch.Generator().manual_seed(3)
+    key, value = (torch.randn(1, 2, 6, 32, generator=g) for _ in range(2))
+    seq_lens = torch.tensor([4], dtype=torch.int32)
+    (tree_k, tree_v), _ = caches(1, 2, 32, 20, torch.float32)
+    (path_k, path_v), _ = caches(1, 2, 32, 20, torch.float32)
+    ops.append_kv(key, value, tree_k, tree_v, seq_lens)
+    path = torch.tensor([[0, 2, 5]], dtype=torch.int32)
+    after = ops.commit_kv([tree_k, tree_v], path, torch.tensor([3], dtype=torch.int32), seq_lens)
+    ops.append_kv(key[:, :, [0, 2, 5]], value[:, :, [0, 2, 5]], path_k, path_v, seq_lens)
+    assert after.tolist() == [7]
+    assert torch.equal(tree_k[:, :, :7], path_k[:, :, :7]) and torch.equal(tree_v[:, :, :7], path_v[:, :, :7])
+
+
+def i32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_append_kv_refuses_and_writes_nothing():
+    (k, v), _ = caches(2, 2, 32, 20, torch.float32)
+    before = k.clone()
+    new = torch.randn(2, 2, 4, 32)
+    with pytest.raises(RuntimeError, match="seq_lens\\[1\\] = 17 plus T = 4"):
+        ops.append_kv(new, new, k, v, i32(0, 17))
+    with pytest.raises(RuntimeError, match="value_cache must be float32, got bfloat16"):
+        ops.append_kv(new, new, k, v.bfloat16(), i32(0, 1))
+    with pytest.raises(RuntimeError, match="value.size\\(2\\)"):
+        ops.append_kv(new, new[:, :, :2], k, v, i32(0, 1))
+    with pytest.raises(RuntimeError, match="key_cache.size\\(3\\) must be D = 16"):
+        ops.append_kv(new[..., :16], new[..., :16], k, v, i32(0, 1))
+    with pytest.raises(RuntimeError, match="page_table\\[0, 0\\] = 9"):
+        ops.append_kv(new, new, k, v, i32(0, 1), torch.full((2, 3), 9, dtype=torch.int32))
+    assert torch.equal(k, before)
+
+
+def test_commit_kv_refuses_and_moves_nothing():
+    (k, v), _ = caches(1, 2, 32, 20, torch.float32)
+    before = k.clone()
+    path = i32(0, 2, 5)[None]
+    with pytest.raises(RuntimeError, match="num_accepted\\[0\\] = 4"):
+        ops.commit_kv([k, v], path, i32(4), i32(0))
+    with pytest.raises(RuntimeError, match="accepted\\[0, 2\\] = 1 must be a node id, ascending"):
+        ops.commit_kv([k, v], i32(0, 2, 1)[None], i32(3), i32(0))
+    with pytest.raises(RuntimeError, match="slot 21, past the 20 slots of caches\\[0\\]"):
+        ops.commit_kv([k, v], path, i32(3), i32(16))
+    with pytest.raises(RuntimeError, match="caches\\[1\\]"):
+        ops.commit_kv([k, v[:, :, :6]], path, i32(3), i32(4))
+    assert torch.equal(k, before)
+
+
+def test_opcheck():
+    (k, v), table = caches(2, 2, 32, 20, torch.float32, page_size=4)
+    new = torch.randn(2, 2, 3, 32)
+    torch.library.opcheck(torch.ops.branchwise.append_kv, (new, new, k, v, i32(1, 2), table))
+    (k, v), _ = caches(2, 2, 32, 20, torch.float32)
+    arguments = ([k, v], torch.tensor([[0, 2], [0, -1]], dtype=torch.int32), i32(2, 1), i32(1, 2))
+    torch.library.opcheck(torch.ops.branchwise.commit_kv, arguments)

@@ -1,0 +1,79 @@
+"""build_tree and verify_greedy against their Python definitions."""
+
+import pytest
+import torch
+from attention_cases import random_parents
+
+from branchwise import ops
+from branchwise.ops.tree import build_tree_reference, verify_greedy_reference
+
+
+def i32(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 63, 64, 65, 128, 200])
+def test_build_tree(T):
+    g = torch.Generator().manual_seed(T)
+    parents, seq_lens = random_parents(5, T, g), torch.randint(0, 99, (5,), generator=g).int()
+    for actual, expected in zip(ops.build_tree(parents, seq_lens), build_tree_reference(parents, seq_lens), strict=True):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+
+
+def test_build_tree_by_hand():
+    #     0
+    #    / \
+    #   1   2      node 5 is padding
+    #   |   |
+    #   3   4
+    mask, positions, child, sibling = ops.build_tree(i32([[-1, 0, 0, 1, 2, -1]]), i32([10]))
+    assert [bin(w) for w in mask[0, :, 0]] == ["0b1", "0b11", "0b101", "0b1011", "0b10101", "0b100000"]
+    assert positions[0].tolist() == [10, 11, 11, 12, 12, 10]
+    assert child[0].tolist() == [1, 3, 4, -1, -1, -1]
+    assert sibling[0].tolist() == [-1, 2, -1, -1, -1, -1]
+
+
+def test_build_tree_refuses():
+    with pytest.raises(RuntimeError, match="parents\\[0, 1\\] = 1 must be -1"):
+        ops.build_tree(i32([[-1, 1]]), i32([0]))
+    with pytest.raises(RuntimeError, match="parents\\[0, 1\\] = -2"):
+        ops.build_tree(i32([[-1, -2]]), i32([0]))
+    with pytest.raises(RuntimeError, match="parents must be int32, got int64"):
+        ops.build_tree(torch.tensor([[-1, 0]]), i32([0]))
+    with pytest.raises(RuntimeError, match="seq_lens.size\\(0\\) must be B = 1"):
+        ops.build_tree(i32([[-1, 0]]), i32([0, 0]))
+
+
+def random_trees(B, T, seed):
+    g = torch.Generator().manual_seed(seed)
+    parents = random_parents(B, T, g)
+    _, _, child, sibling = ops.build_tree(parents, torch.zeros(B, dtype=torch.int32))
+    tokens = torch.randint(0, 4, (B, T), generator=g)  # few tokens: long paths, duplicate siblings too
+    target = torch.randint(0, 4, (B, T), generator=g)
+    return tokens, child, sibling, target
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 16, 64, 100])
+def test_verify_greedy_on_random_trees(T):
+    for seed in range(40):
+        inputs = random_trees(25, T, seed)
+        for actual, expected in zip(ops.verify_greedy(*inputs), verify_greedy_reference(*inputs), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_verify_greedy_refuses_bad_links():
+    tokens, target = torch.tensor([[0, 1, 2]]), torch.tensor([[1, 9, 9]])
+    with pytest.raises(RuntimeError, match="leads from node 0 to 7"):
+        ops.verify_greedy(tokens, i32([[7, -1, -1]]), i32([[-1, -1, -1]]), target)
+    with pytest.raises(RuntimeError, match="leads from node 1 to 1"):
+        ops.verify_greedy(tokens, i32([[1, 1, -1]]), i32([[-1, -1, -1]]), target)
+    with pytest.raises(RuntimeError, match="next_sibling\\[0, 2\\] = 1"):
+        ops.verify_greedy(tokens, i32([[2, -1, -1]]), i32([[-1, -1, 1]]), target)
+    with pytest.raises(RuntimeError, match="tokens must hold at least the root"):
+        ops.verify_greedy(tokens[:, :0], i32([[]]), i32([[]]), target[:, :0])
+
+
+def test_opcheck():
+    parents = random_parents(2, 9, torch.Generator().manual_seed(0))
+    torch.library.opcheck(torch.ops.branchwise.build_tree, (parents, i32([3, 4])))
+    torch.library.opcheck(torch.ops.branchwise.verify_greedy, random_trees(2, 9, 0))
