@@ -1,50 +1,62 @@
-"""TreeSizer: picks sizes that pay under known costs."""
+"""CostModel and TreeSizer: sizes that pay under known costs."""
 
 import numpy as np
 
 from branchwise import RowTree
-from branchwise.decoding.tree_size import TreeSizer
+from branchwise.decoding.tree_size import CostModel, TreeSizer
 
 
 def chain(n, score):
     return RowTree.chain(0, np.arange(1, n), score * np.ones(n - 1))
 
 
-def train(sizer, slope, chance, rounds=200, seed=0):
-    rng = np.random.default_rng(seed)
+def trained(cost_of, chance, rounds=200):
+    rng = np.random.default_rng(0)
+    sizer = TreeSizer(CostModel())
     for _ in range(rounds):
-        size = int(rng.integers(1, 32))
-        sizer.observe_time(size, 0.03 * (1 + slope * size))
-        tree = chain(16, 0.5)
-        sizer.observe_tree(tree, [0, *(i for i in range(1, 16) if rng.random() < chance)])
+        size = int(rng.integers(1, 33))
+        sizer.cost.observe(size, 0.03 * cost_of(size) * rng.uniform(0.95, 1.05))
+        sizer.observe(chain(16, 0.5), [0, *(i for i in range(1, 16) if rng.random() < chance)])
+    return sizer
 
 
 def test_learns_cost_and_chance():
-    sizer = TreeSizer()
-    train(sizer, slope=0.02, chance=0.1)
-    assert abs(sizer.cost(16) / sizer.cost(1) - 1.32 / 1.02) < 0.05
+    sizer = trained(lambda n: 1 + 0.02 * n, 0.1)
+    sizes = np.array([1, 4, 16, 32])
+    assert np.allclose(sizer.cost.seconds(sizes), 0.03 * (1 + 0.02 * sizes), rtol=0.1)
     assert abs(sizer.chances(np.array([0.5]))[0] - 0.1) < 0.05
 
 
 def test_verifies_much_when_nodes_are_cheap_and_nothing_when_they_are_dear():
-    cheap, dear = TreeSizer(), TreeSizer()
-    train(cheap, slope=0.001, chance=0.5)
-    train(dear, slope=0.5, chance=0.05)
-    assert len(cheap.choose([chain(16, 0.5)])[0]) == 16
-    assert len(dear.choose([chain(16, 0.5)])[0]) == 1
+    assert len(trained(lambda n: 1 + 0.001 * n, 0.5).choose([chain(16, 0.5)])[0]) == 16
+    assert len(trained(lambda n: 1 + 0.5 * n, 0.05).choose([chain(16, 0.5)])[0]) == 1
 
 
-def test_a_stall_does_not_change_the_estimate_much():
-    sizer = TreeSizer()
-    train(sizer, slope=0.02, chance=0.5)
-    before = sizer.cost(16) / sizer.cost(1)
-    sizer.observe_time(16, 30.0)
-    assert abs(sizer.cost(16) / sizer.cost(1) - before) < 0.2
+def test_a_step_after_one_token_is_seen():
+    """Where the second token costs half a forward and the others little, weak drafts are left alone."""
+    sizer = trained(lambda n: 1.0 if n == 1 else 1.5 + 0.005 * n, 0.1)
+    assert len(sizer.choose([chain(4, 0.5)])[0]) == 1
+    assert len(sizer.choose([chain(16, 0.5)])[0]) == 16
+
+
+def test_stalls_do_not_matter():
+    sizer = trained(lambda n: 1 + 0.02 * n, 0.5)
+    before = sizer.cost.seconds(np.array([1, 12]))
+    sizer.cost.observe(12, 30.0)
+    assert np.allclose(sizer.cost.seconds(np.array([1, 12])), before, rtol=0.1)
+    fresh = CostModel()
+    fresh.observe(4, 9.0)  # the only sample of its class
+    fresh.observe(30, 0.05)
+    assert fresh.seconds(np.array([4]))[0] <= 0.05
+
+
+def test_before_any_measurement():
+    sizes = CostModel().seconds(np.array([1, 2, 26]))
+    assert sizes[0] == 1 and sizes[1] > 1 and sizes[2] == 2
 
 
 def test_rows_without_a_draft_count():
-    sizer = TreeSizer()
-    train(sizer, slope=0.04, chance=0.5)
+    sizer = trained(lambda n: 1 + 0.04 * n, 0.5)
     alone = len(sizer.choose([chain(16, 0.5)])[0])
     crowded = len(sizer.choose([chain(16, 0.5), *[RowTree.root(1)] * 30])[0])
     assert crowded < alone

