@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TRANSFORMERS ?= transformers>=5.17
 SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
 
-.PHONY: test test-slow test-sanitize demo lint format bench bench-kernels wheel clean
+.PHONY: test test-slow test-wheel demo lint format bench bench-kernels wheel clean
 
 # torch first and pinned: any looser requirement pulls gigabytes of CUDA wheels.
 $(VENV)/.tools: pyproject.toml Makefile
@@ -31,7 +31,11 @@ test: $(VENV)/.build
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.build $(VENV)/.bench
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore=tests/test_wheel.py
+
+# The wheel in a clean environment without a compiler; installs torch once more.
+test-wheel: $(VENV)/.build
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 demo: $(VENV)/.build
 	$(BIN)/branchwise demo

@@ -62,7 +62,7 @@ _FUNCTIONS = [
         else:
             merged.append([start, end])
     return merged''',
-    '''class Stack:
+    """class Stack:
     def __init__(self):
         self.items = []
 
@@ -77,8 +77,8 @@ _FUNCTIONS = [
     def peek(self):
         if not self.items:
             raise IndexError("peek at an empty stack")
-        return self.items[-1]''',
-    '''def read_settings(path):
+        return self.items[-1]""",
+    """def read_settings(path):
     settings = {}
     with open(path) as handle:
         for line in handle:
@@ -87,8 +87,8 @@ _FUNCTIONS = [
                 continue
             key, _, value = line.partition("=")
             settings[key.strip()] = value.strip()
-    return settings''',
-    '''def word_counts(text):
+    return settings""",
+    """def word_counts(text):
     counts = {}
     for word in text.lower().split():
         word = word.strip(".,;:!?")
@@ -96,7 +96,7 @@ _FUNCTIONS = [
             counts[word] += 1
         else:
             counts[word] = 1
-    return counts''',
+    return counts""",
 ]
 _EDITS = [
     ("Rename the function to `merge`.", "def merge(intervals):"),
@@ -122,9 +122,9 @@ _PARAGRAPHS = [
     "Bees communicate the direction of flowers by dancing. A forager that returns to the hive runs in a straight line "
     "while shaking its body, then circles back and repeats the run. The angle of the run against the vertical tells "
     "the other bees the angle of the flowers against the sun, and the length of the run tells the distance.",
-    "The town council voted on Tuesday to close the old bridge for repairs. Engineers found that two of the six pillars "
-    "had been weakened by the spring floods. The repairs will take eight months and cost four million. During that "
-    "time, traffic will use the ring road, and a free ferry will carry pedestrians and bicycles across the river.",
+    "The town council voted on Tuesday to close the old bridge for repairs. Engineers found that two of the six "
+    "pillars had been weakened by the spring floods. The repairs will take eight months and cost four million. During "
+    "that time, traffic will use the ring road, and a free ferry will carry pedestrians and bicycles across the river.",
     "Sourdough bread rises without added yeast. Flour and water left in a warm place for several days collect wild "
     "yeast and bacteria. The yeast makes the gas that lifts the dough, and the bacteria make acids that give the bread "
     "its taste and help it keep. A baker feeds the culture with fresh flour every day and saves a part for next time.",
@@ -139,7 +139,8 @@ _TABLES = [
     "name,age,city\nAnna,31,Oslo\nBen,45,Bergen\nCarla,28,Tromso\nDavid,52,Stavanger\nEva,39,Oslo",
     "product,price,stock\nlamp,19.50,12\nchair,49.00,7\ntable,129.00,3\nshelf,59.90,9\nrug,35.00,15",
     "planet,radius,moons\nMercury,2440,0\nVenus,6052,0\nEarth,6371,1\nMars,3390,2\nJupiter,69911,95",
-    "book,author,year\nEmma,Austen,1815\nDracula,Stoker,1897\nUlysses,Joyce,1922\nDune,Herbert,1965\nBeloved,Morrison,1987",
+    "book,author,year\nEmma,Austen,1815\nDracula,Stoker,1897\nUlysses,Joyce,1922\nDune,Herbert,1965"
+    "\nBeloved,Morrison,1987",
 ]
 
 

@@ -5,25 +5,33 @@
 STABLE_TORCH_LIBRARY(branchwise, m) {
   // Tree family: attention
   m.def(
-      "tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, Tensor? tree_mask=None, *, "
-      "Tensor? page_table=None, float? scale=None, int window=0, Tensor? sinks=None, float softcap=0.) -> (Tensor, "
+      "tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, Tensor? "
+      "tree_mask=None, *, "
+      "Tensor? page_table=None, float? scale=None, int window=0, Tensor? sinks=None, float "
+      "softcap=0.) -> (Tensor, "
       "Tensor)");
-  m.def("merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
+  m.def(
+      "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, "
+      "Tensor)");
 
   // Tree family: structure and verification
   m.def("build_tree(Tensor parents, Tensor seq_lens) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "verify_greedy(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor target) -> (Tensor, Tensor, "
+      "verify_greedy(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor target) -> "
+      "(Tensor, Tensor, "
       "Tensor)");
 
   // KV storage
   m.def(
-      "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor seq_lens, Tensor? "
+      "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor "
+      "seq_lens, Tensor? "
       "page_table=None) -> ()");
   m.def(
-      "commit_kv(Tensor(a!)[] caches, Tensor accepted, Tensor num_accepted, Tensor seq_lens, Tensor? page_table=None) "
+      "commit_kv(Tensor(a!)[] caches, Tensor accepted, Tensor num_accepted, Tensor seq_lens, "
+      "Tensor? page_table=None) "
       "-> Tensor");
 
-  // CPU instruction set: level in use and best level of this machine; request >= 0 changes the level.
+  // CPU instruction set: level in use and best level of this machine; request >= 0 changes the
+  // level.
   m.def("cpu_isa(int request=-1) -> (int, int)");
 }

@@ -2,11 +2,11 @@
 
 import math
 
-import attention_cases
 import pytest
 import torch
-from attention_cases import CASES, Case
 
+import attention_cases
+from attention_cases import CASES, Case
 from branchwise import ops
 from branchwise.ops.attention import merge_attention_reference, tree_attention_reference
 
@@ -189,11 +189,11 @@ def test_merging_prefix_and_tail_gives_the_whole():
 
 def test_merge_attention_refuses():
     out_a, lse_a, out_b, lse_b = merge_inputs(torch.float32)
-    with pytest.raises(RuntimeError, match="out_b.size\\(2\\)"):
+    with pytest.raises(RuntimeError, match=r"out_b.size\(2\)"):
         ops.merge_attention(out_a, lse_a, out_b[:, :, :3], lse_b)
-    with pytest.raises(RuntimeError, match="lse_b must be float32, got float64"):
+    with pytest.raises(RuntimeError, match=r"lse_b must be float32, got float64"):
         ops.merge_attention(out_a, lse_a, out_b, lse_b.double())
-    with pytest.raises(RuntimeError, match="out_b must be contiguous"):
+    with pytest.raises(RuntimeError, match=r"out_b must be contiguous"):
         ops.merge_attention(out_a, lse_a, out_b.mT.contiguous().mT, lse_b)
 
 

@@ -70,15 +70,15 @@ def test_append_kv_refuses_and_writes_nothing():
     (k, v), _ = caches(2, 2, 32, 20, torch.float32)
     before = k.clone()
     new = torch.randn(2, 2, 4, 32)
-    with pytest.raises(RuntimeError, match="seq_lens\\[1\\] = 17 plus T = 4"):
+    with pytest.raises(RuntimeError, match=r"seq_lens\[1\] = 17 plus T = 4"):
         ops.append_kv(new, new, k, v, i32(0, 17))
-    with pytest.raises(RuntimeError, match="value_cache must be float32, got bfloat16"):
+    with pytest.raises(RuntimeError, match=r"value_cache must be float32, got bfloat16"):
         ops.append_kv(new, new, k, v.bfloat16(), i32(0, 1))
-    with pytest.raises(RuntimeError, match="value.size\\(2\\)"):
+    with pytest.raises(RuntimeError, match=r"value.size\(2\)"):
         ops.append_kv(new, new[:, :, :2], k, v, i32(0, 1))
-    with pytest.raises(RuntimeError, match="key_cache.size\\(3\\) must be D = 16"):
+    with pytest.raises(RuntimeError, match=r"key_cache.size\(3\) must be D = 16"):
         ops.append_kv(new[..., :16], new[..., :16], k, v, i32(0, 1))
-    with pytest.raises(RuntimeError, match="page_table\\[0, 0\\] = 9"):
+    with pytest.raises(RuntimeError, match=r"page_table\[0, 0\] = 9"):
         ops.append_kv(new, new, k, v, i32(0, 1), torch.full((2, 3), 9, dtype=torch.int32))
     assert torch.equal(k, before)
 
@@ -87,13 +87,13 @@ def test_commit_kv_refuses_and_moves_nothing():
     (k, v), _ = caches(1, 2, 32, 20, torch.float32)
     before = k.clone()
     path = i32(0, 2, 5)[None]
-    with pytest.raises(RuntimeError, match="num_accepted\\[0\\] = 4"):
+    with pytest.raises(RuntimeError, match=r"num_accepted\[0\] = 4"):
         ops.commit_kv([k, v], path, i32(4), i32(0))
-    with pytest.raises(RuntimeError, match="accepted\\[0, 2\\] = 1 must be a node id, ascending"):
+    with pytest.raises(RuntimeError, match=r"accepted\[0, 2\] = 1 must be a node id, ascending"):
         ops.commit_kv([k, v], i32(0, 2, 1)[None], i32(3), i32(0))
-    with pytest.raises(RuntimeError, match="slot 21, past the 20 slots of caches\\[0\\]"):
+    with pytest.raises(RuntimeError, match=r"slot 21, past the 20 slots of caches\[0\]"):
         ops.commit_kv([k, v], path, i32(3), i32(16))
-    with pytest.raises(RuntimeError, match="caches\\[1\\]"):
+    with pytest.raises(RuntimeError, match=r"caches\[1\]"):
         ops.commit_kv([k, v[:, :, :6]], path, i32(3), i32(4))
     assert torch.equal(k, before)
 

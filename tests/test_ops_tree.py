@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention_cases import random_parents
 
+from attention_cases import random_parents
 from branchwise import ops
 from branchwise.ops.tree import build_tree_reference, verify_greedy_reference
 
@@ -16,7 +16,9 @@ def i32(values):
 def test_build_tree(T):
     g = torch.Generator().manual_seed(T)
     parents, seq_lens = random_parents(5, T, g), torch.randint(0, 99, (5,), generator=g).int()
-    for actual, expected in zip(ops.build_tree(parents, seq_lens), build_tree_reference(parents, seq_lens), strict=True):
+    for actual, expected in zip(
+        ops.build_tree(parents, seq_lens), build_tree_reference(parents, seq_lens), strict=True
+    ):
         assert actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
@@ -34,13 +36,13 @@ def test_build_tree_by_hand():
 
 
 def test_build_tree_refuses():
-    with pytest.raises(RuntimeError, match="parents\\[0, 1\\] = 1 must be -1"):
+    with pytest.raises(RuntimeError, match=r"parents\[0, 1\] = 1 must be -1"):
         ops.build_tree(i32([[-1, 1]]), i32([0]))
-    with pytest.raises(RuntimeError, match="parents\\[0, 1\\] = -2"):
+    with pytest.raises(RuntimeError, match=r"parents\[0, 1\] = -2"):
         ops.build_tree(i32([[-1, -2]]), i32([0]))
-    with pytest.raises(RuntimeError, match="parents must be int32, got int64"):
+    with pytest.raises(RuntimeError, match=r"parents must be int32, got int64"):
         ops.build_tree(torch.tensor([[-1, 0]]), i32([0]))
-    with pytest.raises(RuntimeError, match="seq_lens.size\\(0\\) must be B = 1"):
+    with pytest.raises(RuntimeError, match=r"seq_lens.size\(0\) must be B = 1"):
         ops.build_tree(i32([[-1, 0]]), i32([0, 0]))
 
 
@@ -63,13 +65,13 @@ def test_verify_greedy_on_random_trees(T):
 
 def test_verify_greedy_refuses_bad_links():
     tokens, target = torch.tensor([[0, 1, 2]]), torch.tensor([[1, 9, 9]])
-    with pytest.raises(RuntimeError, match="leads from node 0 to 7"):
+    with pytest.raises(RuntimeError, match=r"leads from node 0 to 7"):
         ops.verify_greedy(tokens, i32([[7, -1, -1]]), i32([[-1, -1, -1]]), target)
-    with pytest.raises(RuntimeError, match="leads from node 1 to 1"):
+    with pytest.raises(RuntimeError, match=r"leads from node 1 to 1"):
         ops.verify_greedy(tokens, i32([[1, 1, -1]]), i32([[-1, -1, -1]]), target)
-    with pytest.raises(RuntimeError, match="next_sibling\\[0, 2\\] = 1"):
+    with pytest.raises(RuntimeError, match=r"next_sibling\[0, 2\] = 1"):
         ops.verify_greedy(tokens, i32([[2, -1, -1]]), i32([[-1, -1, 1]]), target)
-    with pytest.raises(RuntimeError, match="tokens must hold at least the root"):
+    with pytest.raises(RuntimeError, match=r"tokens must hold at least the root"):
         ops.verify_greedy(tokens[:, :0], i32([[]]), i32([[]]), target[:, :0])
 
 

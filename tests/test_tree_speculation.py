@@ -3,14 +3,14 @@
 import string
 
 import pytest
-import tiny
 import tokenizers
 import torch
 import transformers as tf
 from tokenizers import decoders, models, pre_tokenizers
-from random_drafter import RandomTrees
 
 import branchwise as bw
+import tiny
+from random_drafter import RandomTrees
 
 N = 24  # new tokens
 
@@ -249,7 +249,7 @@ def test_return_dict(batch):
     stats = ours.stats
     assert stats is spec.stats and stats.forwards >= 2 and stats.emitted >= stats.accepted
     assert sum(map(sum, stats.accepted_flags)) == stats.accepted
-    assert 1 <= stats.tokens_per_forward and 0 < stats.acceptance <= 1
+    assert stats.tokens_per_forward >= 1 and 0 < stats.acceptance <= 1
     assert min(stats.seconds_prefill, stats.seconds_draft, stats.seconds_forward, stats.seconds_verify) > 0
 
 
@@ -300,72 +300,3 @@ def test_the_model_is_restored_also_after_errors():
         run(model, ids, mask, bw.TreeSpeculation(Broken([[]])))
     assert model.config._attn_implementation == before
     run(model, ids, mask)
-
-
-def bad_requests():
-    ids, mask = tiny.prompts(2, 30)
-    gap = torch.ones_like(ids)
-    gap[0, 1] = 0
-
-    def call(**options):
-        return lambda: run(tiny.model("llama"), options.pop("ids", ids), options.pop("mask", mask), decoder(), **options)
-
-    yield "asks for beam_search", call(num_beams=2)
-    yield "asks for assisted_generation", call(prompt_lookup_num_tokens=3)
-    yield "output_attentions=True is not supported", call(output_attentions=True, return_dict_in_generate=True)
-    yield "attention_mask\\[0\\] must be zeros, then ones", call(mask=gap)
-    yield "attention_mask\\[1\\] must be zeros, then ones", call(mask=torch.tensor([[1] * ids.shape[1], [0] * ids.shape[1]]))
-    yield "max_nodes must lie between 1 and 1024, got 0", lambda: bw.TreeSpeculation(max_nodes=0)
-    yield "one of prompt_lookup, trie, got 'x'", lambda: bw.TreeSpeculation("x")
-
-
-@pytest.mark.filterwarnings("ignore:`return_dict_in_generate`")
-@pytest.mark.parametrize("message, call", list(bad_requests()), ids=lambda x: x if isinstance(x, str) else "")
-def test_refuses_requests(message, call):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_refuses_a_filled_cache_and_other_inputs():
-    model = tiny.model("llama")
-    ids, _ = tiny.prompts(1, 31)
-    spec = decoder()
-    cache = model(ids, past_key_values=tf.DynamicCache()).past_key_values
-    with pytest.raises(ValueError, match="past_key_values must be empty"):
-        spec(model, ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="it cannot pass pixel_values to the model"):
-        spec(model, ids, pixel_values=torch.zeros(1))
-
-
-small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@pytest.mark.parametrize(
-    "message, build",
-    [
-        ("encoder-decoder", lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4))),
-        ("recurrent state", lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))),
-        (
-            "recurrent state \\(linear_attention",
-            lambda: tf.Qwen3NextForCausalLM(
-                tf.Qwen3NextConfig(**small, intermediate_size=32, num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8, layer_types=["linear_attention", "full_attention"])
-            ),
-        ),
-        ("compressed keys", lambda: tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**small, intermediate_size=32, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, moe_intermediate_size=8, num_key_value_heads=4))),
-        ("does not use the transformers attention interface", lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4))),
-        ("dtype torch.float64", lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**small, intermediate_size=32)).double()),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_refuses_models(message, build):
-    model = build().eval()
-    with pytest.raises(ValueError, match=message):
-        decoder()(model, torch.tensor([[1, 2, 3]]), generation_config=tf.GenerationConfig(max_new_tokens=3))
-
-
-def test_attention_name_outside_a_decoder_is_refused():
-    from branchwise.attention import use_attention
-
-    model = tiny.model("llama")
-    with use_attention(model), pytest.raises(RuntimeError, match="works only inside a branchwise decoder"):
-        model(torch.tensor([[1, 2, 3]]))

@@ -20,9 +20,10 @@ template <typename... Parts>
   throw std::runtime_error(text.str());
 }
 
-#define BW_CHECK(cond, ...)                            \
-  do {                                                 \
-    if (!(cond)) [[unlikely]] ::branchwise::fail(__VA_ARGS__); \
+#define BW_CHECK(cond, ...)            \
+  do {                                 \
+    if (!(cond)) [[unlikely]]          \
+      ::branchwise::fail(__VA_ARGS__); \
   } while (0)
 
 inline std::string shape_of(const Tensor& t) {
@@ -35,36 +36,46 @@ inline std::string shape_of(const Tensor& t) {
 
 inline const char* name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
 // "shape" is written as in the docs, for example "[B, Hq, T, D]".
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape) {
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim,
+                      const char* shape) {
   BW_CHECK(t.dim() == dim, op, ": ", name, " must have shape ", shape, ", got ", shape_of(t));
 }
 
-inline void check_size(const char* op, const char* name, const Tensor& t, int64_t axis, int64_t want,
-                       const char* meaning) {
-  BW_CHECK(t.size(axis) == want, op, ": ", name, ".size(", axis, ") must be ", meaning, " = ", want, ", got shape ",
-           shape_of(t));
+inline void check_size(const char* op, const char* name, const Tensor& t, int64_t axis,
+                       int64_t want, const char* meaning) {
+  BW_CHECK(t.size(axis) == want, op, ": ", name, ".size(", axis, ") must be ", meaning, " = ", want,
+           ", got shape ", shape_of(t));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  BW_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", name_of(want), ", got ", name_of(t.scalar_type()));
+  BW_CHECK(t.scalar_type() == want, op, ": ", name, " must be ", name_of(want), ", got ",
+           name_of(t.scalar_type()));
 }
 
 inline void check_float_dtype(const char* op, const char* name, const Tensor& t) {
   const ScalarType type = t.scalar_type();
-  BW_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
-           " must be float32, bfloat16 or float16, got ", name_of(type));
+  BW_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+           op, ": ", name, " must be float32, bfloat16 or float16, got ", name_of(type));
 }
 
 inline void check_last_contiguous(const char* op, const char* name, const Tensor& t) {
@@ -77,7 +88,8 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
 }
 
 // Arguments of merge_attention, on any device.
-inline void check_merge_args(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
+inline void check_merge_args(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                             const Tensor& lse_b) {
   const char* op = "merge_attention";
   check_dim(op, "out_a", out_a, 4, "[B, Hq, T, D]");
   check_float_dtype(op, "out_a", out_a);

@@ -19,16 +19,22 @@ namespace {
 const AttentionKernels& kernels() {
   switch (current_isa()) {
 #if defined(__x86_64__)
-    case Isa::avx512_bf16: return avx512_bf16::attention_kernels;
-    case Isa::avx512: return avx512::attention_kernels;
-    case Isa::avx2: return avx2::attention_kernels;
+    case Isa::avx512_bf16:
+      return avx512_bf16::attention_kernels;
+    case Isa::avx512:
+      return avx512::attention_kernels;
+    case Isa::avx2:
+      return avx2::attention_kernels;
 #endif
-    default: return baseline::attention_kernels;
+    default:
+      return baseline::attention_kernels;
   }
 }
 
 KvType kv_type(ScalarType type) {
-  return type == ScalarType::Float ? KvType::f32 : type == ScalarType::BFloat16 ? KvType::bf16 : KvType::f16;
+  return type == ScalarType::Float      ? KvType::f32
+         : type == ScalarType::BFloat16 ? KvType::bf16
+                                        : KvType::f16;
 }
 
 // Threads take items from one counter, so a long row does not hold up the others.
@@ -60,8 +66,9 @@ std::vector<int32_t> checked_depths(const int64_t* mask, int64_t B, int64_t T, i
                "] has a bit above its own node; a node sees only itself and nodes before it");
       seen += __builtin_popcountll(word);
     }
-    BW_CHECK(static_cast<uint64_t>(mask[i * W + node / 64]) >> (node % 64) & 1, "tree_attention: tree_mask[", i / T,
-             ", ", node, "] lacks its own bit; a node must see itself");
+    BW_CHECK(static_cast<uint64_t>(mask[i * W + node / 64]) >> (node % 64) & 1,
+             "tree_attention: tree_mask[", i / T, ", ", node,
+             "] lacks its own bit; a node must see itself");
     depths[i] = seen - 1;
   }
   return depths;
@@ -69,10 +76,11 @@ std::vector<int32_t> checked_depths(const int64_t* mask, int64_t B, int64_t T, i
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
-                                          std::optional<Tensor> tree_mask, std::optional<Tensor> page_table,
-                                          std::optional<double> scale, int64_t window, std::optional<Tensor> sinks,
-                                          double softcap) {
+std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor value_cache,
+                                          Tensor seq_lens, std::optional<Tensor> tree_mask,
+                                          std::optional<Tensor> page_table,
+                                          std::optional<double> scale, int64_t window,
+                                          std::optional<Tensor> sinks, double softcap) {
   const char* op = "tree_attention";
   check_dim(op, "query", query, 4, "[B, Hq, T, D]");
   check_float_dtype(op, "query", query);
@@ -80,7 +88,8 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   check_dtype(op, "key_cache", key_cache, query.scalar_type());
   check_dtype(op, "value_cache", value_cache, query.scalar_type());
   const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
-  BW_CHECK(D >= 1 && D <= 512, op, ": query.size(3) = ", D, " must be a head dim between 1 and 512");
+  BW_CHECK(D >= 1 && D <= 512, op, ": query.size(3) = ", D,
+           " must be a head dim between 1 and 512");
   const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
   const CacheShape value_shape = check_cache(op, "value_cache", value_cache, B, page_table);
   check_size(op, "key_cache", key_cache, 3, D, "D of query");
@@ -89,12 +98,14 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
            " must be a multiple of the KV heads Hkv = ", shape.Hkv);
   check_size(op, "value_cache", value_cache, 1, shape.Hkv, "Hkv of key_cache");
   BW_CHECK(value_cache.size(0) == key_cache.size(0) && value_cache.size(2) == key_cache.size(2), op,
-           ": value_cache must have the shape of key_cache, got ", shape_of(value_cache), " and ", shape_of(key_cache));
+           ": value_cache must have the shape of key_cache, got ", shape_of(value_cache), " and ",
+           shape_of(key_cache));
   BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
-  BW_CHECK(softcap >= 0 && std::isfinite(softcap), op, ": softcap must be 0 (none) or positive, got ", softcap);
-  const int32_t* lens =
-      check_seq_lens(op, seq_lens, B, T, {shape.Hkv, D, std::min(shape.capacity, value_shape.capacity)},
-                     key_cache.size(0), page_table);
+  BW_CHECK(softcap >= 0 && std::isfinite(softcap), op,
+           ": softcap must be 0 (none) or positive, got ", softcap);
+  const int32_t* lens = check_seq_lens(
+      op, seq_lens, B, T, {shape.Hkv, D, std::min(shape.capacity, value_shape.capacity)},
+      key_cache.size(0), page_table);
 
   AttentionArgs args{};
   std::vector<int32_t> depths;
@@ -160,8 +171,9 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
         query_at.push_back(floats);
         floats += query_floats((end_token - t) * G, D);
         for (int64_t s = 0; s < slots; s += split) {
-          units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(t * G),
-                           static_cast<int32_t>(end_token * G), s, std::min(slots, s + split), nullptr, nullptr});
+          units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h),
+                           static_cast<int32_t>(t * G), static_cast<int32_t>(end_token * G), s,
+                           std::min(slots, s + split), nullptr, nullptr});
           partial_at.push_back(floats);
           floats += partial_floats((end_token - t) * G, D);
         }

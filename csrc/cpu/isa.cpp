@@ -19,8 +19,8 @@ Isa from_environment() {
   if (wanted == nullptr || *wanted == '\0') return best_isa();
   for (int level = 0; level < 4; ++level) {
     if (std::strcmp(wanted, kNames[level]) != 0) continue;
-    BW_CHECK(level <= static_cast<int>(best_isa()), "BRANCHWISE_CPU_ISA=", wanted, ": this machine only supports up to ",
-             kNames[static_cast<int>(best_isa())]);
+    BW_CHECK(level <= static_cast<int>(best_isa()), "BRANCHWISE_CPU_ISA=", wanted,
+             ": this machine only supports up to ", kNames[static_cast<int>(best_isa())]);
     return static_cast<Isa>(level);
   }
   fail("BRANCHWISE_CPU_ISA=", wanted, ": must be one of baseline, avx2, avx512, avx512_bf16");
@@ -34,7 +34,8 @@ Isa best_isa() {
 #if defined(__x86_64__)
   // The builtins also ask the operating system whether it saves the wide registers.
   __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")))
     return Isa::baseline;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
@@ -56,8 +57,9 @@ Isa current_isa() {
 
 void set_isa(Isa isa) {
   const int level = static_cast<int>(isa);
-  BW_CHECK(level >= 0 && level <= static_cast<int>(best_isa()), "cpu_isa: request must be between 0 and ",
-           static_cast<int>(best_isa()), " (", kNames[static_cast<int>(best_isa())], ") on this machine, got ", level);
+  BW_CHECK(level >= 0 && level <= static_cast<int>(best_isa()),
+           "cpu_isa: request must be between 0 and ", static_cast<int>(best_isa()), " (",
+           kNames[static_cast<int>(best_isa())], ") on this machine, got ", level);
   chosen.store(level, std::memory_order_relaxed);
 }
 

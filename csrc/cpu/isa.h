@@ -6,8 +6,8 @@ namespace branchwise {
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
-Isa best_isa();      // what this CPU and its operating system support
-Isa current_isa();   // what the kernels use now
-void set_isa(Isa);   // throws if the machine lacks it
+Isa best_isa();     // what this CPU and its operating system support
+Isa current_isa();  // what the kernels use now
+void set_isa(Isa);  // throws if the machine lacks it
 
 }  // namespace branchwise

@@ -52,8 +52,8 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
       for (int64_t bh = begin; bh < end; ++bh) {
         const int64_t b = bh / Hkv, h = bh % Hkv;
         for (int64_t t = 0; t < T; ++t)
-          std::memcpy(target + layout.offset(b, h, lens[b] + t) * bytes, source + (b * s0 + h * s1 + t * s2) * bytes,
-                      row_bytes);
+          std::memcpy(target + layout.offset(b, h, lens[b] + t) * bytes,
+                      source + (b * s0 + h * s1 + t * s2) * bytes, row_bytes);
       }
     });
   }
@@ -76,8 +76,8 @@ Tensor commit_kv(std::vector<Tensor> caches, Tensor accepted, Tensor num_accepte
     BW_CHECK(count[b] >= 0 && count[b] <= A, op, ": num_accepted[", b, "] = ", count[b],
              " must lie between 0 and accepted.size(1) = ", A);
     for (int32_t j = 0; j < count[b]; ++j)
-      BW_CHECK(path[b * A + j] >= (j ? path[b * A + j - 1] + 1 : 0), op, ": accepted[", b, ", ", j, "] = ",
-               path[b * A + j], " must be a node id, ascending along the path");
+      BW_CHECK(path[b * A + j] >= (j ? path[b * A + j - 1] + 1 : 0), op, ": accepted[", b, ", ", j,
+               "] = ", path[b * A + j], " must be a node id, ascending along the path");
   }
 
   // Nothing moves before every cache has passed its checks.
@@ -90,16 +90,18 @@ Tensor commit_kv(std::vector<Tensor> caches, Tensor accepted, Tensor num_accepte
     for (int64_t b = 0; b < B; ++b) {
       if (count[b] == 0) continue;
       const int64_t last = lens[b] + path[b * A + count[b] - 1];
-      BW_CHECK(last < shape.capacity, op, ": accepted[", b, ", ", count[b] - 1, "] lies in slot ", last, ", past the ",
-               shape.capacity, " slots of ", name);
+      BW_CHECK(last < shape.capacity, op, ": accepted[", b, ", ", count[b] - 1, "] lies in slot ",
+               last, ", past the ", shape.capacity, " slots of ", name);
       if (!page_table) continue;
-      const int32_t* table = static_cast<const int32_t*>(page_table->const_data_ptr()) + b * page_table->stride(0);
+      const int32_t* table =
+          static_cast<const int32_t*>(page_table->const_data_ptr()) + b * page_table->stride(0);
       for (int64_t n = 0; n <= last / caches[i].size(2); ++n)
-        BW_CHECK(table[n] >= 0 && table[n] < caches[i].size(0), op, ": page_table[", b, ", ", n, "] = ", table[n],
-                 " must lie between 0 and ", caches[i].size(0) - 1);
+        BW_CHECK(table[n] >= 0 && table[n] < caches[i].size(0), op, ": page_table[", b, ", ", n,
+                 "] = ", table[n], " must lie between 0 and ", caches[i].size(0) - 1);
     }
   }
-  if (lens == nullptr) lens = check_seq_lens(op, seq_lens, B, 0, {0, 0, INT32_MAX}, 0, std::nullopt);
+  if (lens == nullptr)
+    lens = check_seq_lens(op, seq_lens, B, 0, {0, 0, INT32_MAX}, 0, std::nullopt);
 
   for (const Tensor& cache : caches) {
     const KvLayout layout = layout_of(cache, page_table);

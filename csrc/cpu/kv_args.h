@@ -26,7 +26,8 @@ inline CacheShape check_cache(const char* op, const char* name, const Tensor& ca
   check_size(op, "page_table", *page_table, 0, B, "B");
   check_dtype(op, "page_table", *page_table, ScalarType::Int);
   check_last_contiguous(op, "page_table", *page_table);
-  BW_CHECK(cache.size(2) > 0, op, ": ", name, " must have a page_size of at least 1, got shape ", shape_of(cache));
+  BW_CHECK(cache.size(2) > 0, op, ": ", name, " must have a page_size of at least 1, got shape ",
+           shape_of(cache));
   return {cache.size(1), cache.size(3), page_table->size(1) * cache.size(2)};
 }
 
@@ -42,17 +43,19 @@ inline KvLayout layout_of(const Tensor& cache, const std::optional<Tensor>& page
 
 // seq_lens i32[B]: every row must hold its P tokens and T more, and its pages must exist.
 inline const int32_t* check_seq_lens(const char* op, const Tensor& seq_lens, int64_t B, int64_t T,
-                                     const CacheShape& shape, int64_t pages, const std::optional<Tensor>& page_table) {
+                                     const CacheShape& shape, int64_t pages,
+                                     const std::optional<Tensor>& page_table) {
   check_dim(op, "seq_lens", seq_lens, 1, "[B]");
   check_size(op, "seq_lens", seq_lens, 0, B, "B");
   check_dtype(op, "seq_lens", seq_lens, ScalarType::Int);
   check_contiguous(op, "seq_lens", seq_lens);
   const int32_t* lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   for (int64_t b = 0; b < B; ++b) {
-    BW_CHECK(lens[b] >= 0 && lens[b] + T <= shape.capacity, op, ": seq_lens[", b, "] = ", lens[b], " plus T = ", T,
-             " must lie between 0 and the cache's ", shape.capacity, " slots");
+    BW_CHECK(lens[b] >= 0 && lens[b] + T <= shape.capacity, op, ": seq_lens[", b, "] = ", lens[b],
+             " plus T = ", T, " must lie between 0 and the cache's ", shape.capacity, " slots");
     if (!page_table) continue;
-    const int32_t* table = static_cast<const int32_t*>(page_table->const_data_ptr()) + b * page_table->stride(0);
+    const int32_t* table =
+        static_cast<const int32_t*>(page_table->const_data_ptr()) + b * page_table->stride(0);
     const int64_t page_size = shape.capacity / page_table->size(1);
     for (int64_t n = 0; n * page_size < lens[b] + T; ++n)
       BW_CHECK(table[n] >= 0 && table[n] < pages, op, ": page_table[", b, ", ", n, "] = ", table[n],

@@ -15,7 +15,8 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-void check_nodes(const char* op, const char* name, const Tensor& t, int64_t B, int64_t T, ScalarType type) {
+void check_nodes(const char* op, const char* name, const Tensor& t, int64_t B, int64_t T,
+                 ScalarType type) {
   check_dim(op, name, t, 2, "[B, T]");
   check_size(op, name, t, 0, B, "B");
   check_size(op, name, t, 1, T, "T");
@@ -69,8 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build_tree(Tensor parents, Tensor seq
   return {mask, positions, next_token, next_sibling};
 }
 
-std::tuple<Tensor, Tensor, Tensor> verify_greedy(Tensor tokens, Tensor next_token, Tensor next_sibling,
-                                                 Tensor target) {
+std::tuple<Tensor, Tensor, Tensor> verify_greedy(Tensor tokens, Tensor next_token,
+                                                 Tensor next_sibling, Tensor target) {
   const char* op = "verify_greedy";
   check_dim(op, "tokens", tokens, 2, "[B, T]");
   const int64_t B = tokens.size(0), T = tokens.size(1);
@@ -94,15 +95,16 @@ std::tuple<Tensor, Tensor, Tensor> verify_greedy(Tensor tokens, Tensor next_toke
     path[0] = 0;
     for (int32_t c = child[0]; c >= 0;) {
       // Links only ever lead to later nodes, so the walk ends whatever the tensors hold.
-      BW_CHECK(c > node && c < T, op, ": next_token or next_sibling of row ", b, " leads from node ", node, " to ", c,
+      BW_CHECK(c > node && c < T, op, ": next_token or next_sibling of row ", b,
+               " leads from node ", node, " to ", c,
                "; links must lead to a later node below T = ", T);
       if (token[c] == want[node]) {
         node = c;
         path[count++] = node;
         c = child[node];
       } else {
-        BW_CHECK(sibling[c] < 0 || sibling[c] > c, op, ": next_sibling[", b, ", ", c, "] = ", sibling[c],
-                 " must be -1 or a later node");
+        BW_CHECK(sibling[c] < 0 || sibling[c] > c, op, ": next_sibling[", b, ", ", c,
+                 "] = ", sibling[c], " must be -1 or a later node");
         c = sibling[c];
       }
     }

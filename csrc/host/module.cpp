@@ -22,8 +22,8 @@ py::array_t<T> to_numpy(const std::vector<T>& values) {
 
 void check_flat(const char* name, const Tokens& tokens) {
   if (tokens.ndim() != 1)
-    throw py::value_error(std::string(name) + " must be one-dimensional, got " + std::to_string(tokens.ndim()) +
-                          " dimensions");
+    throw py::value_error(std::string(name) + " must be one-dimensional, got " +
+                          std::to_string(tokens.ndim()) + " dimensions");
 }
 
 }  // namespace
@@ -31,14 +31,17 @@ void check_flat(const char* name, const Tokens& tokens) {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side data structures of branchwise (no torch).";
   py::class_<TokenTrie>(m, "TokenTrie")
-      .def(py::init([](std::vector<int32_t> eos, int32_t branch_length, int32_t query_length, float output_weight,
-                       int32_t max_nodes, int32_t max_output_nodes, int32_t squeeze_after) {
-             return std::make_unique<TokenTrie>(TrieOptions{branch_length, query_length, output_weight, max_nodes,
-                                                            max_output_nodes, squeeze_after},
-                                                std::move(eos));
+      .def(py::init([](std::vector<int32_t> eos, int32_t branch_length, int32_t query_length,
+                       float output_weight, int32_t max_nodes, int32_t max_output_nodes,
+                       int32_t squeeze_after) {
+             return std::make_unique<TokenTrie>(
+                 TrieOptions{branch_length, query_length, output_weight, max_nodes,
+                             max_output_nodes, squeeze_after},
+                 std::move(eos));
            }),
-           py::kw_only(), py::arg("eos"), py::arg("branch_length"), py::arg("query_length"), py::arg("output_weight"),
-           py::arg("max_nodes"), py::arg("max_output_nodes"), py::arg("squeeze_after"))
+           py::kw_only(), py::arg("eos"), py::arg("branch_length"), py::arg("query_length"),
+           py::arg("output_weight"), py::arg("max_nodes"), py::arg("max_output_nodes"),
+           py::arg("squeeze_after"))
       .def(
           "begin",
           [](TokenTrie& self, const Tokens& prompt) {
@@ -67,10 +70,12 @@ PYBIND11_MODULE(_host, m) {
               py::gil_scoped_release release;
               draft = self.propose(request, max_nodes);
             }
-            return py::make_tuple(to_numpy(draft.tokens), to_numpy(draft.parents), to_numpy(draft.scores));
+            return py::make_tuple(to_numpy(draft.tokens), to_numpy(draft.parents),
+                                  to_numpy(draft.scores));
           },
           py::arg("request"), py::arg("max_nodes"))
       .def("end", &TokenTrie::end, py::arg("request"), py::call_guard<py::gil_scoped_release>())
-      .def("counts", &TokenTrie::counts, py::arg("request"), py::arg("run"), py::call_guard<py::gil_scoped_release>())
+      .def("counts", &TokenTrie::counts, py::arg("request"), py::arg("run"),
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_nodes", &TokenTrie::num_nodes);
 }

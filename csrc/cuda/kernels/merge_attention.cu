@@ -19,11 +19,12 @@ __device__ void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat1
 __device__ void from_float(float x, __half* out) { *out = __float2half_rn(x); }
 
 template <typename T>
-__global__ void merge_kernel(const T* out_a, const float* lse_a, const T* out_b, const float* lse_b, T* out, float* lse,
-                             int64_t n, int64_t D) {
+__global__ void merge_kernel(const T* out_a, const float* lse_a, const T* out_b, const float* lse_b,
+                             T* out, float* lse, int64_t n, int64_t D) {
   const int lane = threadIdx.x % 32;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
-  for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / 32; r < n; r += warps) {
+  for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / 32; r < n;
+       r += warps) {
     const float la = lse_a[r], lb = lse_b[r], top = fmaxf(la, lb);
     const float shift = top == -INFINITY ? 0.f : top;
     const float wa = expf(la - shift), wb = expf(lb - shift), sum = wa + wb;
@@ -39,25 +40,31 @@ __global__ void merge_kernel(const T* out_a, const float* lse_a, const T* out_b,
 }
 
 template <typename T>
-int launch(const void* out_a, const float* lse_a, const void* out_b, const float* lse_b, void* out, float* lse,
-           int64_t n, int64_t D, void* stream) {
+int launch(const void* out_a, const float* lse_a, const void* out_b, const float* lse_b, void* out,
+           float* lse, int64_t n, int64_t D, void* stream) {
   if (n == 0) return 0;
-  const int64_t blocks = (n + kWarpsPerBlock - 1) / kWarpsPerBlock;
-  merge_kernel<T><<<blocks < 65535 ? static_cast<unsigned>(blocks) : 65535u, kWarpsPerBlock * 32, 0,
-                    static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(out_a), lse_a,
-                                                         static_cast<const T*>(out_b), lse_b, static_cast<T*>(out), lse,
-                                                         n, D);
+  const int64_t needed = (n + kWarpsPerBlock - 1) / kWarpsPerBlock;
+  const unsigned grid = needed < 65535 ? static_cast<unsigned>(needed) : 65535u;
+  const auto* a = static_cast<const T*>(out_a);
+  const auto* b = static_cast<const T*>(out_b);
+  // clang-format off
+  merge_kernel<T><<<grid, kWarpsPerBlock * 32, 0, static_cast<cudaStream_t>(stream)>>>(
+      a, lse_a, b, lse_b, static_cast<T*>(out), lse, n, D);
+  // clang-format on
   return static_cast<int>(cudaGetLastError());
 }
 
 }  // namespace
 
-int merge_attention(DType type, const void* out_a, const float* lse_a, const void* out_b, const float* lse_b, void* out,
-                    float* lse, int64_t n, int64_t D, void* stream) {
+int merge_attention(DType type, const void* out_a, const float* lse_a, const void* out_b,
+                    const float* lse_b, void* out, float* lse, int64_t n, int64_t D, void* stream) {
   switch (type) {
-    case DType::f32: return launch<float>(out_a, lse_a, out_b, lse_b, out, lse, n, D, stream);
-    case DType::bf16: return launch<__nv_bfloat16>(out_a, lse_a, out_b, lse_b, out, lse, n, D, stream);
-    case DType::f16: return launch<__half>(out_a, lse_a, out_b, lse_b, out, lse, n, D, stream);
+    case DType::f32:
+      return launch<float>(out_a, lse_a, out_b, lse_b, out, lse, n, D, stream);
+    case DType::bf16:
+      return launch<__nv_bfloat16>(out_a, lse_a, out_b, lse_b, out, lse, n, D, stream);
+    case DType::f16:
+      return launch<__half>(out_a, lse_a, out_b, lse_b, out, lse, n, D, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

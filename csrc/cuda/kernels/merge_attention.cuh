@@ -7,8 +7,8 @@ namespace branchwise::cuda {
 enum class DType : int { f32, bf16, f16 };
 
 // out_a, out_b, out: [n, D]; lse_a, lse_b, lse: [n].
-int merge_attention(DType type, const void* out_a, const float* lse_a, const void* out_b, const float* lse_b, void* out,
-                    float* lse, int64_t n, int64_t D, void* stream);
+int merge_attention(DType type, const void* out_a, const float* lse_a, const void* out_b,
+                    const float* lse_b, void* out, float* lse, int64_t n, int64_t D, void* stream);
 const char* error_string(int code);
 
 }  // namespace branchwise::cuda

@@ -59,9 +59,7 @@ def prompt_starts(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]
     if attention_mask is None:
         return [0] * B
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-        )
+        raise ValueError(f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}")
     starts = []
     for row, mask in enumerate(attention_mask.bool()):
         start = length - int(mask.sum())

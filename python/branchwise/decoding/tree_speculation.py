@@ -30,7 +30,7 @@ _PREFILL_CHUNK = 2048  # prompt tokens per forward: bounds activations and works
 
 @dataclass
 class TreeSpeculationOutput(GenerateDecoderOnlyOutput):
-    """As plain ``generate`` returns with ``return_dict_in_generate``, plus ``stats``; ``past_key_values`` is a KVStore."""
+    """What plain ``generate`` returns with ``return_dict_in_generate``, and ``stats``; the cache is a KVStore."""
 
     stats: DecodeStats | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Trie:
         max_output_nodes: int = 512,
         squeeze_after: int = 1024,
     ) -> None:
-        self._options = {
+        self._options: dict[str, Any] = {
             "branch_length": branch_length,
             "query_length": query_length,
             "output_weight": output_weight,

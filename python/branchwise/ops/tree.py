@@ -1,5 +1,7 @@
 """Token trees as tensors: from parents to masks, and the greedy walk. Card tree-verify, "Data layout" and rule A."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def build_tree_reference(parents: Tensor, seq_lens: Tensor) -> tuple[Tensor, Ten
                 word = bits[i] >> (64 * w) & (1 << 64) - 1
                 mask[b, i, w] = word - (1 << 64) if word >> 63 else word
         for siblings in children:
-            for left, right in zip(siblings, siblings[1:], strict=False):
+            for left, right in pairwise(siblings):
                 next_sibling[b, left] = right
         for i, siblings in enumerate(children):
             next_token[b, i] = siblings[0] if siblings else -1

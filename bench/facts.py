@@ -1,0 +1,77 @@
+"""Machine facts, timing and JSON records shared by the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+import branchwise
+from branchwise import ops
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median seconds of each, measured in turn A B C A B C ... after one warm-up each."""
+    for run in runs:
+        run()
+    times = [[seconds(run) for run in runs] for _ in range(repeats)]
+    return [median(column) for column in zip(*times, strict=True)]
+
+
+def read_bandwidth() -> float:
+    """GB/s of a sum over 256 MB, the best of five."""
+    data = torch.ones(64 << 20)
+    return data.nbytes / min(seconds(data.sum) for _ in range(5)) / 1e9
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a 2048^3 product, the best of five."""
+    a = torch.randn(2048, 2048).to(dtype)
+    return 2 * 2048**3 / min(seconds(lambda: a @ a) for _ in range(5)) / 1e9
+
+
+def machine() -> dict[str, Any]:
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return {
+        "date": date.today().isoformat(),
+        "cpu": model,
+        "isa": ops.cpu_isa()[0],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "branchwise": branchwise.__version__,
+        "read_gb_s": round(read_bandwidth(), 1),
+        "fp32_gflop_s": round(matmul_rate(torch.float32)),
+        "bf16_gflop_s": round(matmul_rate(torch.bfloat16)),
+    }
+
+
+def record(name: str, facts: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Writes bench/results/<name>-<date>.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{facts['date']}.json"
+    lines = ",\n    ".join(json.dumps(row) for row in rows)
+    path.write_text(f'{{\n  "machine": {json.dumps(facts)},\n  "rows": [\n    {lines}\n  ]\n}}\n')
+    return path

