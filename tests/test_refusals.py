@@ -1,11 +1,13 @@
 """What TreeSpeculation cannot do is refused, with the reason."""
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
 
 import branchwise as bw
 import tiny
+from random_drafter import RandomTrees
 from test_tree_speculation import decoder, run
 
 
@@ -124,3 +126,34 @@ def test_attention_name_outside_a_decoder_is_refused():
     model = tiny.model("llama")
     with use_attention(model), pytest.raises(RuntimeError, match="works only inside a branchwise decoder"):
         model(torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize(
+    "message, tree",
+    [
+        ("root must be the row's last token 7, got 8", bw.RowTree.root(8)),
+        ("tokens must lie between 0 and 127, got 7 to 128", bw.RowTree.chain(7, [128], np.ones(1))),
+        ("tokens must lie between 0 and 127, got -1 to 7", bw.RowTree.chain(7, [-1], np.ones(1))),
+    ],
+)
+def test_refuses_drafters_that_break_the_protocol(message, tree):
+    class Broken(RandomTrees):
+        def propose(self, budgets):
+            return [tree]
+
+    model, ids = tiny.model("llama"), torch.tensor([[1, 5, 9]])
+    bias = {"sequence_bias": [[[7], 100.0]]}  # the model says 7 and nothing else
+    with pytest.raises(ValueError, match=message):
+        run(model, ids, torch.ones_like(ids), bw.TreeSpeculation(Broken([[]])), **bias)
+
+
+def test_trees_beyond_the_budget_are_cut():
+    class Greedy(RandomTrees):
+        def propose(self, budgets):
+            return [self._tree(i, 50) for i in range(len(budgets))]
+
+    ids, mask = tiny.prompts(2, 40)
+    plain = run(tiny.model("llama"), ids, mask)
+    spec = bw.TreeSpeculation(Greedy([row[ids.shape[1] :].tolist() for row in plain]), max_nodes=5, adaptive=False)
+    assert torch.equal(run(tiny.model("llama"), ids, mask, spec), plain)
+    assert spec.stats.drafted <= 4 * spec.stats.row_forwards

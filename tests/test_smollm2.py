@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import branchwise as bw
-from branchwise.demo import PROMPTS, load_smollm2
+from branchwise.demo import PROMPTS, load_smollm2, run_demo
 from branchwise.report import greedy_gaps, near_tie_bound
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -92,6 +92,13 @@ def test_fp32_equals_plain_generate_on_24_prompts():
 @pytest.mark.slow
 def test_bf16_differs_only_at_near_ties_on_24_prompts():
     check_near_ties([text for kind in prompts.by_kind().values() for text in kind], 128)
+
+
+def test_demo(capsys):
+    rows = run_demo(max_new_tokens=6, live=False)
+    assert len(rows) == 2 * len(PROMPTS) and all(row.identical for row in rows)
+    printed = capsys.readouterr().out
+    assert "tokens/forward" in printed and "JSON, asked again" in printed
 
 
 def test_greedy_gaps_refuses():

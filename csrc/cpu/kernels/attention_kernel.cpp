@@ -10,6 +10,19 @@ namespace {
 
 #include "cpu/kernels/vec-inl.h"
 
+// Calls f with a value of the element type.
+template <typename F>
+void by_type(KvType type, F f) {
+  switch (type) {
+    case KvType::f32:
+      return f(float{});
+    case KvType::bf16:
+      return f(Bf16{});
+    case KvType::f16:
+      return f(F16{});
+  }
+}
+
 // Calls f(first_row, NV) for the groups of a row block: three vectors at a time, then the rest.
 // A group's data (query^T, out^T) is contiguous and starts at first_row * D.
 template <typename F>
@@ -57,14 +70,7 @@ void pack_query_typed(const AttentionArgs& a, const AttentionUnit& u, float* pac
 }
 
 void pack_query(const AttentionArgs& a, const AttentionUnit& u, float* packed) {
-  switch (a.type) {
-    case KvType::f32:
-      return pack_query_typed<float>(a, u, packed);
-    case KvType::bf16:
-      return pack_query_typed<Bf16>(a, u, packed);
-    case KvType::f16:
-      return pack_query_typed<F16>(a, u, packed);
-  }
+  by_type(a.type, [&](auto type) { pack_query_typed<decltype(type)>(a, u, packed); });
 }
 
 template <typename T>
@@ -84,14 +90,7 @@ void run_unit_typed(const AttentionArgs& a, const AttentionUnit& u, float* scrat
 }
 
 void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
-  switch (a.type) {
-    case KvType::f32:
-      return run_unit_typed<float>(a, u, scratch);
-    case KvType::bf16:
-      return run_unit_typed<Bf16>(a, u, scratch);
-    case KvType::f16:
-      return run_unit_typed<F16>(a, u, scratch);
-  }
+  by_type(a.type, [&](auto type) { run_unit_typed<decltype(type)>(a, u, scratch); });
 }
 
 template <typename T>
@@ -147,14 +146,7 @@ void merge_units_typed(const AttentionArgs& a, const AttentionUnit* units, int64
 }
 
 void merge_units(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
-  switch (a.type) {
-    case KvType::f32:
-      return merge_units_typed<float>(a, units, count);
-    case KvType::bf16:
-      return merge_units_typed<Bf16>(a, units, count);
-    case KvType::f16:
-      return merge_units_typed<F16>(a, units, count);
-  }
+  by_type(a.type, [&](auto type) { merge_units_typed<decltype(type)>(a, units, count); });
 }
 
 template <typename T>
@@ -178,14 +170,7 @@ void merge_pair_typed(const MergeArgs& a, int64_t begin, int64_t end) {
 }
 
 void merge_pair(const MergeArgs& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case KvType::f32:
-      return merge_pair_typed<float>(a, begin, end);
-    case KvType::bf16:
-      return merge_pair_typed<Bf16>(a, begin, end);
-    case KvType::f16:
-      return merge_pair_typed<F16>(a, begin, end);
-  }
+  by_type(a.type, [&](auto type) { merge_pair_typed<decltype(type)>(a, begin, end); });
 }
 
 }  // namespace

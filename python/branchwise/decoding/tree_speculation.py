@@ -130,7 +130,7 @@ class _Run:
         self.finished = [False] * B
 
         prompts = [input_ids[b, starts[b] :] for b in range(B)]
-        eos = self.config._eos_token_tensor
+        eos = getattr(self.config, "_eos_token_tensor", None)  # set by generate
         session = drafter.begin(
             [prompt.numpy().astype(np.int32) for prompt in prompts],
             frozenset() if eos is None else frozenset(eos.flatten().tolist()),
@@ -175,7 +175,7 @@ class _Run:
     def round(self, session: Any) -> None:
         begun = time.perf_counter()
         budgets = [self.budget(i) for i in range(len(self.rows))]
-        trees = session.propose(budgets)
+        trees = self.checked(session.propose(budgets), budgets)
         trees = [self.shallow(tree, i) for i, tree in enumerate(trees)]
         if self.sizer is not None:
             trees = self.sizer.choose(trees)
@@ -194,6 +194,22 @@ class _Run:
 
     def budget(self, i: int) -> int:
         return 1 if self.finished[i] else self.max_nodes
+
+    def checked(self, trees: Sequence[RowTree], budgets: list[int]) -> list[RowTree]:
+        """Proposals, held to the protocol: a drafter may guess wrong, but it must not change the text."""
+        if len(trees) != len(budgets):
+            raise ValueError(f"the drafter must propose one tree per row, {len(budgets)}, got {len(trees)}")
+        vocabulary = self.model.config.get_text_config().vocab_size
+        for tree, row in zip(trees, self.rows, strict=True):
+            last = int(self.texts[row][0, self.lengths[row] - 1])
+            if tree.tokens[0] != last:
+                raise ValueError(f"the drafter's root must be the row's last token {last}, got {tree.tokens[0]}")
+            if tree.tokens.min() < 0 or tree.tokens.max() >= vocabulary:
+                raise ValueError(
+                    f"the drafter's tokens must lie between 0 and {vocabulary - 1}, "
+                    f"got {tree.tokens.min()} to {tree.tokens.max()}"
+                )
+        return [tree.first(budget) for tree, budget in zip(trees, budgets, strict=True)]
 
     def shallow(self, tree: RowTree, i: int) -> RowTree:
         """Without nodes that could not be emitted before ``max_length``."""
@@ -288,7 +304,7 @@ class _Run:
         self.finished = [False] * len(kept)
 
     def result(self) -> Tensor | TreeSpeculationOutput:
-        pad = self.config._pad_token_tensor
+        pad = getattr(self.config, "_pad_token_tensor", None)
         texts = [text[0, :length] for text, length in zip(self.texts, self.lengths, strict=True)]
         sequences = pad_and_stack(texts, 0 if pad is None else int(pad.flatten()[0]))
         if not self.config.return_dict_in_generate:
