@@ -93,8 +93,8 @@ def main() -> None:
     options = parser.parse_args()
     machine = facts.machine()
     print(machine)
-    rows = []
     for dtype in options.dtypes:
+        rows = []
         model, tokenizer = load_smollm2(getattr(torch, dtype))
         warm_up = tokenizer(prompts.open_chat()[0], return_tensors="pt")
         for custom in ({}, {"custom_generate": bw.TreeSpeculation()}):
@@ -128,7 +128,7 @@ def main() -> None:
                 f"{row['max_gap']:5.2f} | {row['warm_decode_ratio']:6.2f}x",
                 flush=True,
             )
-    print(f"\nwritten to {facts.record('decode', machine, rows)}")
+        print(f"written to {facts.record(f'decode-{dtype}', machine, rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -27,11 +28,18 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds of each, measured in turn A B C A B C ... after one warm-up each."""
+    """Median seconds of each, one of each per round, after one warm-up.
+
+    The order is drawn anew in every round: what ran before decides what lies in the caches.
+    """
+    order = random.Random(0)
     for run in runs:
         run()
-    times = [[seconds(run) for run in runs] for _ in range(repeats)]
-    return [median(column) for column in zip(*times, strict=True)]
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for i in order.sample(range(len(runs)), len(runs)):
+            times[i].append(seconds(runs[i]))
+    return [median(column) for column in times]
 
 
 def read_bandwidth() -> float:

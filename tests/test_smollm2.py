@@ -43,9 +43,9 @@ def check_singles_and_batches(texts, new_tokens, batch_size):
     for text in texts:
         inputs = encode(tokenizer, [text])
         plain = generate(model, inputs, new_tokens)
-        for decoder in (bw.TreeSpeculation(), spec, spec):
-            assert torch.equal(generate(model, inputs, new_tokens, decoder).sequences, plain.sequences)
-        ours = generate(model, inputs, new_tokens, bw.TreeSpeculation())
+        for decoder in (spec, spec, bw.TreeSpeculation()):
+            ours = generate(model, inputs, new_tokens, decoder)
+            assert torch.equal(ours.sequences, plain.sequences)
         fresh = model(ours.sequences[:, :-1]).past_key_values
         for layer in (0, 14, 29):
             expected = fresh.layers[layer].keys[0], fresh.layers[layer].values[0]

@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   int64_t floats = 0;
   for (int64_t b = 0; b < B; ++b) {
     const int64_t even = (lens[b] + T) * lanes_of_work / 64 / kKeyTile * kKeyTile;
-    const int64_t split = std::max(even, 2 * kKeyTile);
+    const int64_t split = std::max(even, 4 * kKeyTile);
     for (int64_t h = 0; h < shape.Hkv; ++h)
       for (int64_t t = 0; t < T; t += tokens_per_block) {
         const int64_t end_token = std::min(T, t + tokens_per_block), slots = lens[b] + end_token;
