@@ -1,13 +1,13 @@
 """tree_attention on the CPU against torch's SDPA, with the roofline measured in the same run.
 
 Method: B rows with a prefix of P tokens in the cache and T new ones. Ours runs with a tree mask (a random tree, given
-as ancestor bits). SDPA runs in every mode, each with enable_gqa and with repeated KV heads: with a boolean mask over the
-whole row, which is the same computation, and without a mask, which is the same only for T = 1 and else a bound. Ours and
-all modes run once per round in random order; medians of --repeats rounds.
+as ancestor bits). SDPA runs in every mode, each with enable_gqa and with repeated KV heads: with a boolean mask over
+the whole row, which is the same computation, and without a mask, which is the same only for T = 1 and else a bound.
+Ours and all modes run once per round in random order; medians of --repeats rounds.
 
-How to read: "x sdpa" is the time of SDPA's best mode that computes the same, over ours; "x bound" the same for SDPA without
-a mask, which leaves the tree out; "roof" is the share of the roofline that ours reaches, where the
-roof is the larger of bytes / read bandwidth (keys and values once) and flops / matmul rate in that dtype.
+How to read: "x sdpa" is the time of SDPA's best mode that computes the same, over ours; "x bound" is the same for SDPA
+without a mask, which leaves the tree out; "roof" is the share of the roofline that ours reaches, where the roof is the
+larger of bytes / read bandwidth (keys and values once) and flops / matmul rate in that dtype.
 
 Artefacts: caches that fit the last-level cache can exceed the measured memory bandwidth, so "roof" may pass 100 %. The
 matmul rate is torch's own; in fp32 it can be below what the cores can do. bf16 runs in fp32 arithmetic so far, so its
@@ -85,7 +85,8 @@ def main() -> None:
     machine = facts.machine()
     print(machine)
     print(
-        f"{'shape':12s} {'dtype':9s} {'prefix':>6s} {'T':>3s} | {'ours ms':>8s} {'sdpa ms':>8s} {'x sdpa':>6s} {'x bound':>7s} | "
+        f"{'shape':12s} {'dtype':9s} {'prefix':>6s} {'T':>3s} | {'ours ms':>8s} {'sdpa ms':>8s} "
+        f"{'x sdpa':>6s} {'x bound':>7s} | "
         f"{'GB/s':>5s} {'GF/s':>5s} {'roof':>4s} | best sdpa mode"
     )
     rows = []

@@ -157,6 +157,24 @@ void load_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, in
   }
 }
 
+// Asks for the rows of the next tile while this one is computed: the hardware does not look past
+// the arithmetic of a tile.
+template <typename T>
+void prefetch_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin) {
+  const int64_t left = u.slot_end - begin, count = left < kKeyTile ? left : kKeyTile;
+  const int64_t per_line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t s = 0; s < count; ++s) {
+    const T* key =
+        static_cast<const T*>(a.key_cache) + a.key_layout.offset(u.batch, u.kv_head, begin + s);
+    const T* value =
+        static_cast<const T*>(a.value_cache) + a.value_layout.offset(u.batch, u.kv_head, begin + s);
+    for (int64_t d = 0; d < a.D; d += per_line) {
+      __builtin_prefetch(key + d, 0, 2);
+      __builtin_prefetch(value + d, 0, 2);
+    }
+  }
+}
+
 template <typename T>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
   const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin, padded = padded_rows(rows);
@@ -191,6 +209,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratc
        slot += kKeyTile) {
     const int64_t left = u.slot_end - slot;
     load_tile<T>(a, u, slot, left < kKeyTile ? left : kKeyTile, converted, &tile);
+    prefetch_tile<T>(a, u, slot + kKeyTile);
     for_each_group(rows, [&](int64_t first, int nv) {
       const RowBounds part{all.token + first, all.low + first, all.word + first};
       const int64_t ld = nv * kLanes, count = first + ld < padded ? ld : padded - first;
