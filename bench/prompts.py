@@ -7,8 +7,9 @@ summary    a paragraph to shorten
 structured rows to turn into JSON, the first one given: repeated keys
 chat       open questions: little to copy
 
-In edit and structured the assistant's answer is begun for the model: left alone, SmolLM2-135M seldom copies its input, and
-earlier wordings of these two kinds gave little to copy. The trie's defaults were tuned on outputs for these prompts.
+In edit and structured the assistant's answer is begun for the model: left alone, SmolLM2-135M seldom copies its
+input, and earlier wordings of these two kinds gave little to copy. The trie's defaults were tuned on outputs for
+these prompts.
 
 The two packages are installed with --no-deps by `make bench`; without them their kinds are left out.
 """
