@@ -134,8 +134,11 @@ def test_sampling_gives_the_plain_samplers_tokens(seed, options):
 
 
 def test_sampling_in_a_batch_keeps_the_distribution():
-    """Chi-square of the first two tokens of 2000 rows against the model's own probabilities; a drafter that sees
-    the most likely token must not make it likelier. Taking every drafted token as drawn (the planted bug) fails."""
+    """Chi-square of the first two tokens of 2000 rows against the model's own probabilities.
+
+    A drafter that sees the most likely token must not make it likelier. Positive control: the same output with one row
+    in ten replaced by the draft, as if taken on trust, fails.
+    """
     model = tiny.model("qwen3")
     ids = torch.tensor([[5, 9, 3, 14]]).expand(2000, -1).contiguous()
     with torch.no_grad():

@@ -95,7 +95,7 @@ def check_supported(model: PreTrainedModel) -> None:
     layer_types = set(getattr(config, "layer_types", None) or [])
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; branchwise decodes decoder-only models")
-    recurrent = sorted(layer_types & {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "moe"})
+    recurrent = sorted(layer_types & {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid"})
     if getattr(model, "_is_stateful", False) or recurrent or hasattr(config, "layers_block_type"):
         what = f" ({', '.join(recurrent)} layers)" if recurrent else ""
         raise ValueError(f"{name} keeps recurrent state{what}, which cannot be rolled back when a draft is rejected")

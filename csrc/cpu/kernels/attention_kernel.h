@@ -9,7 +9,8 @@
 //
 // Work is cut into units = (batch row, KV head, block of packed rows, split of the KV slots). A
 // unit leaves its unnormalised result in the workspace; a second pass merges the splits in
-// ascending order. Cuts depend on shapes only, so results do not depend on threads or batch.
+// ascending order. Cuts depend on shapes and the row's own length only, so results do not depend on
+// threads or batch.
 #pragma once
 #include <cstdint>
 

@@ -36,9 +36,8 @@ template <typename T, int R>
 void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
   const int64_t G = a.Hq / a.Hkv, D = a.D, padded = padded_rows(R), prefix = a.seq_lens[u.batch];
   const int64_t vectors = D / kLanes, whole = vectors * kLanes;
-  float* scores = scratch;  // [R][kKeyTile]
-  float* out =
-      scores + R * kKeyTile;  // [R][D]; R rows of at most 512 fit the tile of converted keys
+  float* scores = scratch;             // [R][kKeyTile]
+  float* out = scores + R * kKeyTile;  // [R][D], within the space for converted keys
   float top[R], sum[R];
   int64_t low[R], token[R], lowest = INT64_MAX, highest = 0;
   for (int r = 0; r < R; ++r) {
@@ -71,7 +70,6 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratch
     }
     for (int r = 0; r < R; ++r) {
       float* line = scores + r * kKeyTile;
-      for (int64_t s = count; s < kKeyTile; ++s) line[s] = -kInf;
       if (a.softcap > 0.f)
         for (int64_t s = 0; s < count; s += kLanes)
           store(line + s, a.softcap * tanh(load(line + s) / a.softcap));
