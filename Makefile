@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TRANSFORMERS ?= transformers>=5.17
 SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
 
-.PHONY: test test-slow test-wheel demo lint format bench bench-kernels wheel clean
+.PHONY: test test-slow test-wheel test-sanitize demo lint format bench bench-kernels wheel clean
 
 # torch first and pinned: any looser requirement pulls gigabytes of CUDA wheels.
 $(VENV)/.tools: pyproject.toml Makefile
@@ -36,6 +36,18 @@ test-slow: $(VENV)/.build $(VENV)/.bench
 # The wheel in a clean environment without a compiler; installs torch once more.
 test-wheel: $(VENV)/.build
 	$(BIN)/python -m pytest -m slow tests/test_wheel.py
+
+# The op and trie tests on libraries built with ASan and UBSan, in an environment of their own: the
+# path file lends it the packages of $(VENV) but not its editable branchwise.
+SANITIZE := build/sanitize
+test-sanitize: $(VENV)/.build
+	test -x $(SANITIZE)/venv/bin/python || $(PYTHON) -m venv $(SANITIZE)/venv
+	echo "$(abspath $(shell echo $(VENV)/lib/python3*/site-packages))" > $$(echo $(SANITIZE)/venv/lib/python3*/site-packages)/base.pth
+	PATH="$(abspath $(BIN)):$$PATH" $(SANITIZE)/venv/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall \
+	  -Cbuild-dir=$(SANITIZE)/cmake -Ccmake.build-type=RelWithDebInfo -Ccmake.define.BRANCHWISE_SANITIZE=ON -Ccmake.define.BRANCHWISE_CUDA=OFF .
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(SANITIZE)/venv/bin/python -m pytest tests/test_ops_attention.py tests/test_ops_kv.py tests/test_ops_tree.py tests/test_host_trie.py
 
 demo: $(VENV)/.build
 	$(BIN)/branchwise demo

@@ -6,7 +6,7 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
   // Tree family: attention
   m.def(
       "tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, Tensor? "
-      "tree_mask=None, *, "
+      "tree_mask=None, "
       "Tensor? page_table=None, float? scale=None, int window=0, Tensor? sinks=None, float "
       "softcap=0.) -> (Tensor, "
       "Tensor)");

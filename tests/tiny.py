@@ -57,7 +57,11 @@ CONFIGS = {
 def model(name: str, dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:
     """The same weights for the same name, in eval mode."""
     torch.manual_seed(sum(map(ord, name)))
-    built = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).to(dtype).eval()
+    config = CONFIGS[name]()
+    # transformers before 5.23 gives Gemma 2 torch's SDPA, which leaves the soft cap out.
+    softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    built = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager" if softcap else None)
+    built = built.to(dtype).eval()
     with torch.no_grad():
         for parameter in built.parameters():  # the usual 0.02 init leaves logits flat and argmax a matter of rounding
             if parameter.dim() >= 2:

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/empty.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/attention_kernel.h"
 #include "cpu/kv_args.h"
@@ -37,14 +38,43 @@ KvType kv_type(ScalarType type) {
                                         : KvType::f16;
 }
 
-// Threads take items from one counter, so a long row does not hold up the others.
+// A thread's buffer of at least so many floats. Kept between calls: fresh pages from the system can
+// cost more than the attention of a decode step.
+class Buffer {
+ public:
+  float* reserve(int64_t floats) {
+    if (floats > size_) {
+      data_.reset();
+      data_.reset(new float[floats]);
+      size_ = floats;
+    }
+    return data_.get();
+  }
+  // A long prompt's buffer is not worth keeping.
+  void trim() {
+    if (size_ <= kKept) return;
+    data_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kKept = 4 << 20;
+  std::unique_ptr<float[]> data_;
+  int64_t size_ = 0;
+};
+thread_local Buffer workspace_buffer, scratch_buffer;
+
+// Threads take runs of items from one counter: a long row does not hold up the others, and what
+// lies together in memory is mostly read by one thread.
 template <typename F>
 void run_dynamic(int64_t items, int64_t scratch, bool serial, const F& f) {
   const int64_t workers = serial ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
+  const int64_t run = std::max<int64_t>(1, items / (4 * workers));
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    std::unique_ptr<float[]> buffer(new float[scratch]);
-    for (int64_t i = next++; i < items; i = next++) f(i, buffer.get());
+    float* buffer = scratch > 0 ? scratch_buffer.reserve(scratch) : nullptr;
+    for (int64_t begin = next.fetch_add(run); begin < items; begin = next.fetch_add(run))
+      for (int64_t i = begin; i < std::min(items, begin + run); ++i) f(i, buffer);
   };
   if (workers <= 1) return work();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -88,8 +118,8 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   check_dtype(op, "key_cache", key_cache, query.scalar_type());
   check_dtype(op, "value_cache", value_cache, query.scalar_type());
   const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
-  BW_CHECK(D >= 1 && D <= 512, op, ": query.size(3) = ", D,
-           " must be a head dim between 1 and 512");
+  BW_CHECK(D >= 1 && D <= kMaxHeadDim, op, ": query.size(3) = ", D,
+           " must be a head dim between 1 and ", kMaxHeadDim);
   const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
   const CacheShape value_shape = check_cache(op, "value_cache", value_cache, B, page_table);
   check_size(op, "key_cache", key_cache, 3, D, "D of query");
@@ -129,8 +159,8 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
     args.sinks = static_cast<const float*>(sinks->const_data_ptr());
   }
 
-  Tensor out = torch::stable::new_empty(query, {B, Hq, T, D});
-  Tensor lse = torch::stable::new_empty(query, {B, Hq, T}, ScalarType::Float);
+  Tensor out = empty<4>({B, Hq, T, D}, query.scalar_type());
+  Tensor lse = empty<3>({B, Hq, T}, ScalarType::Float);
   if (B * T == 0) return {out, lse};
 
   args.query = query.const_data_ptr();
@@ -181,25 +211,29 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   }
   const int64_t num_blocks = static_cast<int64_t>(blocks.size());
   blocks.push_back(static_cast<int64_t>(units.size()));
-  std::unique_ptr<float[]> workspace(new float[floats]);
+  float* workspace = workspace_buffer.reserve(floats);
   for (int64_t i = 0; i < num_blocks; ++i)
     for (int64_t j = blocks[i]; j < blocks[i + 1]; ++j) {
-      units[j].query = workspace.get() + query_at[i];
-      units[j].partial = workspace.get() + partial_at[j];
+      units[j].query = workspace + query_at[i];
+      units[j].partial = workspace + partial_at[j];
     }
 
   const AttentionKernels& k = kernels();
   const int64_t block_rows = std::min(T, tokens_per_block) * G;
-  // Packing and merging a few rows is less work than waking the threads.
+  // Less work than waking the threads: packing and merging few rows; everything on a short prefix.
   const bool small = num_blocks * block_rows * D < (1 << 14);
+  int64_t slots_read = 0;
+  for (const AttentionUnit& u : units) slots_read += u.slot_end - u.slot_begin;
+  const bool tiny = slots_read * D * (block_rows + 4) < (1 << 18);
   run_dynamic(num_blocks, 0, small, [&](int64_t i, float*) {
-    k.pack_query(args, units[blocks[i]], workspace.get() + query_at[i]);
+    k.pack_query(args, units[blocks[i]], workspace + query_at[i]);
   });
-  run_dynamic(static_cast<int64_t>(units.size()), scratch_floats(block_rows, D), false,
+  run_dynamic(static_cast<int64_t>(units.size()), scratch_floats(block_rows, D), tiny,
               [&](int64_t i, float* scratch) { k.run_unit(args, units[i], scratch); });
   run_dynamic(num_blocks, 0, small, [&](int64_t i, float*) {
     k.merge_units(args, units.data() + blocks[i], blocks[i + 1] - blocks[i]);
   });
+  workspace_buffer.trim();
   return {out, lse};
 }
 

@@ -8,6 +8,7 @@
 namespace branchwise::BW_ISA {
 namespace {
 
+#include "cpu/kernels/half-inl.h"
 #include "cpu/kernels/vec-inl.h"
 
 // Calls f with a value of the element type.
@@ -23,30 +24,24 @@ void by_type(KvType type, F f) {
   }
 }
 
-// Calls f(first_row, NV) for the groups of a row block: three vectors at a time, then the rest.
-// A group's data (query^T, out^T) is contiguous and starts at first_row * D.
-template <typename F>
-void for_each_group(int64_t rows, F f) {
-  const int64_t vectors = (rows + kLanes - 1) / kLanes;
-  int64_t v = 0;
-  for (; v + 3 <= vectors; v += 3) f(v * kLanes, 3);
-  if (v < vectors) f(v * kLanes, static_cast<int>(vectors - v));
-}
-
-// Where a unit starts to read: nothing before the lowest row's window is visible to its block.
-// Nodes are never skipped, since a node's position is not its slot.
-inline int64_t first_visible_slot(const AttentionUnit& u, int64_t lowest_low, int64_t prefix) {
-  const int64_t first = lowest_low < prefix ? lowest_low : prefix;
-  return first > u.slot_begin ? first : u.slot_begin;
-}
-
 #include "cpu/kernels/few_rows-inl.h"
 #include "cpu/kernels/many_rows-inl.h"
+#include "cpu/kernels/product-inl.h"
+#include "cpu/kernels/tile-inl.h"
 
-constexpr int64_t kFewRows = kLanes / 4;
+// Calls f with the element type and the product of a call.
+template <typename F>
+void by_kernel(const AttentionArgs& a, F f) {
+  by_type(a.type, [&](auto type) {
+    with_product<decltype(type)>(a.D, [&](auto product) { f(type, product); });
+  });
+}
 
-template <typename T>
+// Writes queries as elements: for few rows [D / chunk][row] vectors along the head dim, else
+// [D / kPack] vectors with the rows of a group in the lanes.
+template <typename T, typename M>
 void pack_query_typed(const AttentionArgs& a, const AttentionUnit& u, float* packed) {
+  constexpr int64_t kChunk = kLanes * M::kPack;
   const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin;
   const auto row_of = [&](int64_t r) {
     // Padding lanes repeat the last row: finite numbers, never read.
@@ -54,99 +49,66 @@ void pack_query_typed(const AttentionArgs& a, const AttentionUnit& u, float* pac
     return static_cast<const T*>(a.query) + u.batch * a.q_stride[0] +
            (u.kv_head * G + row % G) * a.q_stride[1] + row / G * a.q_stride[2];
   };
+  const auto part = [&](const T* row, int64_t d) {
+    return a.D - d >= kChunk ? M::row(row + d) : M::row(row + d, a.D - d);
+  };
   if (rows <= kFewRows) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t d = 0; d < a.D; ++d) packed[r * a.D + d] = to_float(row_of(r)[d]) * a.scale;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = row_of(r);
+      for (int64_t d = 0; d < a.D; d += kChunk) {
+        const auto x = part(row, d);
+        __builtin_memcpy(packed + (d / kChunk * rows + r) * kLanes, &x, sizeof x);
+      }
+    }
     return;
   }
   for_each_group(rows, [&](int64_t first, int nv) {
-    const int64_t ld = nv * kLanes;
-    for (int64_t i = 0; i < ld; ++i) {
-      const T* from = row_of(first + i);
-      float* to = packed + first * a.D + i;
-      for (int64_t d = 0; d < a.D; ++d) to[d * ld] = to_float(from[d]) * a.scale;
+    const int64_t ld = nv * kLanes, steps = a.D / M::kPack;
+    for (int64_t i = 0; i < ld; i += kLanes) {
+      const T* from[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) from[l] = row_of(first + i + l);
+      for (int64_t step = 0; step < steps; step += kLanes) {
+        f32v block[kLanes];
+        for (int64_t l = 0; l < kLanes; ++l)
+          block[l] = reinterpret_cast<f32v>(part(from[l], step * M::kPack));
+        transpose(block);
+        for (int64_t j = 0; j < kLanes && step + j < steps; ++j)
+          store(packed + first * a.D + (step + j) * ld + i, block[j]);
+      }
     }
   });
 }
 
 void pack_query(const AttentionArgs& a, const AttentionUnit& u, float* packed) {
-  by_type(a.type, [&](auto type) { pack_query_typed<decltype(type)>(a, u, packed); });
+  by_kernel(a, [&](auto type, auto product) {
+    pack_query_typed<decltype(type), decltype(product)>(a, u, packed);
+  });
 }
 
-template <typename T>
+template <typename T, typename M, int R = 1>
 void run_unit_typed(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
-  switch (u.row_end - u.row_begin <= kFewRows ? u.row_end - u.row_begin : 0) {
-    case 1:
-      return run_few_rows<T, 1>(a, u, scratch);
-    case 2:
-      return run_few_rows<T, 2>(a, u, scratch);
-    case 3:
-      return run_few_rows<T, 3>(a, u, scratch);
-    case 4:
-      return run_few_rows<T, 4>(a, u, scratch);
-    default:
-      return run_many_rows<T>(a, u, scratch);
+  if constexpr (R > kFewRows) {
+    run_many_rows<T, M>(a, u, scratch);
+  } else if (u.row_end - u.row_begin == R) {
+    run_few_rows<T, M, R>(a, u, scratch);
+  } else {
+    run_unit_typed<T, M, R + 1>(a, u, scratch);
   }
 }
 
 void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
-  by_type(a.type, [&](auto type) { run_unit_typed<decltype(type)>(a, u, scratch); });
-}
-
-template <typename T>
-void merge_units_typed(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
-  const AttentionUnit& u = units[0];
-  const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin, padded = padded_rows(rows);
-  for_each_group(rows, [&](int64_t first, int nv) {
-    const int64_t ld = nv * kLanes;
-    for (int64_t i = 0; i < ld && first + i < rows; i += kLanes) {
-      const int64_t at = first + i, lanes = rows - at < kLanes ? rows - at : kLanes;
-      f32v top = splat(-kInf);
-      for (int64_t s = 0; s < count; ++s)
-        top = max(top, load(units[s].partial + a.D * padded + at));
-      float sink[kLanes];
-      for (int l = 0; l < kLanes; ++l) {
-        const int64_t head = u.kv_head * G + (u.row_begin + at + (l < lanes ? l : 0)) % G;
-        sink[l] = a.sinks != nullptr ? a.sinks[head] : -kInf;
-      }
-      top = max(top, load(sink));
-      const f32v shift = top == -kInf ? f32v{} : top;
-      f32v sum = exp(load(sink) - shift);
-      for (int64_t s = 0; s < count; ++s) {
-        float* max_s = units[s].partial + a.D * padded + at;
-        const f32v weight = exp(load(max_s) - shift);
-        sum += load(max_s + padded) * weight;
-        store(max_s, weight);  // the maxima are not needed again
-      }
-      float total[kLanes], high[kLanes];
-      store(total, sum);
-      store(high, top);
-      const f32v inverse = sum > 0.f ? 1.f / sum : f32v{};
-      for (int64_t l = 0; l < lanes; ++l) {
-        const int64_t row = u.row_begin + at + l;
-        a.lse[(u.batch * a.Hq + u.kv_head * G + row % G) * a.T + row / G] =
-            total[l] > 0.f ? high[l] + __builtin_logf(total[l]) : -kInf;
-      }
-      for (int64_t d = 0; d < a.D; ++d) {
-        f32v acc = {};
-        for (int64_t s = 0; s < count; ++s)
-          acc += load(units[s].partial + first * a.D + d * ld + i) *
-                 load(units[s].partial + a.D * padded + at);
-        float lane[kLanes];
-        store(lane, acc * inverse);
-        for (int64_t l = 0; l < lanes; ++l) {
-          const int64_t row = u.row_begin + at + l;
-          T* to = static_cast<T*>(a.out) +
-                  ((u.batch * a.Hq + u.kv_head * G + row % G) * a.T + row / G) * a.D + d;
-          from_float(lane[l], to);
-        }
-      }
-    }
+  by_kernel(a, [&](auto type, auto product) {
+    run_unit_typed<decltype(type), decltype(product)>(a, u, scratch);
   });
 }
 
 void merge_units(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
-  by_type(a.type, [&](auto type) { merge_units_typed<decltype(type)>(a, units, count); });
+  by_type(a.type, [&](auto type) {
+    if (units[0].row_end - units[0].row_begin <= kFewRows)
+      merge_few_rows<decltype(type)>(a, units, count);
+    else
+      merge_many_rows<decltype(type)>(a, units, count);
+  });
 }
 
 template <typename T>

@@ -5,7 +5,8 @@
 // token (r / G). Two forms of the inner kernel:
 //   many rows: rows are the lanes of vector registers, so a key or value element is read once,
 //     broadcast, and used by all of them, without transposes or horizontal sums;
-//   few rows (at most a quarter of the lanes): the head dim is in the lanes, dot products.
+//   few rows (at most half the lanes): the head dim is in the lanes, dot products.
+// Products are fp32, or pairs of bf16 where the level has the instruction (product-inl.h).
 //
 // Work is cut into units = (batch row, KV head, block of packed rows, split of the KV slots). A
 // unit leaves its unnormalised result in the workspace; a second pass merges the splits in
@@ -49,17 +50,24 @@ struct AttentionUnit {
 
 constexpr int64_t kKeyTile = 64;       // slots handled together; their scores stay in L1
 constexpr int64_t kMaxRowBlock = 384;  // packed rows per unit
-constexpr int64_t kRowPad = 16;  // partial results are padded to this many rows on every level
+constexpr int64_t kRowPad = 16;        // packed rows are padded to this many on every level
+constexpr int64_t kMaxHeadDim = 512;
 
-inline int64_t padded_rows(int64_t rows) { return (rows + kRowPad - 1) / kRowPad * kRowPad; }
-// Layout of a partial result: out^T [D][rows] | running max [rows] | sum of exp [rows], rows
-// padded.
-inline int64_t partial_floats(int64_t rows, int64_t D) { return (D + 2) * padded_rows(rows); }
-inline int64_t query_floats(int64_t rows, int64_t D) { return D * padded_rows(rows); }
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t padded_rows(int64_t rows) { return round_up(rows, kRowPad); }
+// Floats between the rows of a few-rows partial result: whole chunks of the head dim.
+inline int64_t few_rows_stride(int64_t D) { return round_up(D, 2 * kRowPad); }
+// Floats that hold a unit's packed queries, and its partial result: out, maxima, sums.
+inline int64_t query_floats(int64_t rows, int64_t D) {
+  return round_up(D, kRowPad) * padded_rows(rows);
+}
+inline int64_t partial_floats(int64_t rows, int64_t D) {
+  return (few_rows_stride(D) + 2) * padded_rows(rows);
+}
 // Floats of scratch that a thread needs.
 inline int64_t scratch_floats(int64_t rows, int64_t D) {
   return kKeyTile * 3 * kRowPad    // scores of one tile
-         + 2 * kKeyTile * D        // keys and values converted to fp32
+         + 2 * kKeyTile * D        // keys and values as the products read them
          + 8 * padded_rows(rows);  // per-row bounds and bit words
 }
 

@@ -1,25 +1,116 @@
-// Few rows, at most a quarter of the lanes: the head dim in the lanes, dot products. Included by
+// Few rows, at most half the lanes: the head dim in the lanes, dot products. Included by
 // attention_kernel.cpp, once per ISA level.
+//
+// Scores of R rows and S = kSlots<R> slots share one vector: row r of slot s is in lane r * S + s
+// of vector s / S. So the softmax of all rows runs at once, and R * S dot products end in one
+// shuffle network instead of R * S horizontal sums.
 
-// out[r][d ..] += sum over the tile's slots of p[r][slot] * value[slot][d ..], NV vectors wide.
-template <typename T, int R, int NV>
-inline void add_values(const AttentionArgs& a, const AttentionUnit& u, const T* values,
-                       int64_t slot, int64_t count, int64_t d, const float* scores, float* out) {
-  f32v acc[R][NV];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * a.D + d + v * kLanes);
-  for (int64_t s = 0; s < count; ++s) {
-    const T* value = values + a.value_layout.offset(u.batch, u.kv_head, slot + s) + d;
-    for (int v = 0; v < NV; ++v) {
-      const f32v x = load_wide(value + v * kLanes);
-      for (int r = 0; r < R; ++r) acc[r][v] += scores[r * kKeyTile + s] * x;
+constexpr int kFewRows = kLanes / 2;
+
+template <int R>
+constexpr int kSlots = R == 1   ? kLanes
+                       : R == 2 ? kLanes / 2
+                       : R <= 4 ? kLanes / 4
+                                : kLanes / 8;
+
+// Beside every load the same place of the next tile is asked for: the memory's bandwidth is the
+// limit here, and the hardware looks neither past the arithmetic of a tile nor past a page.
+
+// Scores of S slots. The query is packed as [D / chunk][R] vectors.
+template <typename M, int R, typename T>
+inline f32v score_slots(const T* const* keys, const T* const* next, const float* query, int64_t D) {
+  constexpr int S = kSlots<R>, kChunk = kLanes * M::kPack;
+  f32v acc[kLanes] = {};
+  typename M::Vec key[S];
+  const auto add = [&](const float* q) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const auto x = load_as<typename M::Vec>(q + r * kLanes);
+#pragma GCC unroll 16
+      for (int s = 0; s < S; ++s) acc[r * S + s] = M::multiply_add(key[s], x, acc[r * S + s]);
     }
+  };
+  int64_t d = 0;
+  for (; d + kChunk <= D; d += kChunk, query += R * kLanes) {
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s) {
+      key[s] = M::row(keys[s] + d);
+      prefetch(next[s] + d);
+    }
+    add(query);
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) store(out + r * a.D + d + v * kLanes, acc[r][v]);
+  if (d < D) {
+    for (int s = 0; s < S; ++s) key[s] = M::row(keys[s] + d, D - d);
+    add(query);
+  }
+  return sums(acc);
 }
 
-// Whether a row sees a slot; the scalar twin of mask_tile.
+// out[r][d ..] = out[r][d ..] * alpha[r] + sum over the tile's slots of p[r][slot] *
+// value[slot][d ..], for R rows and NC whole chunks of the head dim, or with NC = 0 for the n
+// values left. Rows are ld floats apart in out, and S lanes in probs and alpha.
+template <typename M, int S, int R, int NC, typename T>
+inline void add_block(const Tile<T>& tile, const Tile<T>& next, int64_t d, int64_t n,
+                      const float* probs, const float* alpha, float* out, int64_t ld) {
+  constexpr int kPack = M::kPack, NV = (NC > 0 ? NC : 1) * kPack;
+  f32v acc[R][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * ld + d + v * kLanes) * alpha[r * S];
+  const auto* p = reinterpret_cast<const typename M::Element*>(probs);
+  for (int64_t begin = 0; begin < tile.count; begin += S, p += kLanes / kPack) {
+#pragma GCC unroll 2
+    for (int s = 0; s < S; s += kPack) {
+      typename M::Vec x[NV];
+      if constexpr (NC > 0) {
+#pragma GCC unroll 16
+        for (int c = 0; c < NC; ++c) {
+          const int64_t at = d + c * kLanes * kPack;
+          M::columns(tile.values + begin + s, at, x + c * kPack);
+          for (int i = 0; i < kPack; ++i) prefetch(next.values[begin + s + i] + at);
+        }
+      } else {
+        M::columns(tile.values + begin + s, d, n, x);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const typename M::Vec weight = M::broadcast(p + (r * S + s) / kPack);
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v) acc[r][v] = M::multiply_add(x[v], weight, acc[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) store(out + r * ld + d + v * kLanes, acc[r][v]);
+}
+
+// Chunks of the head dim to add at once. Wide ones read memory in longer runs; but where the values
+// of two slots have to be interleaved first, doing that once for all rows is worth more.
+template <typename M, int R>
+constexpr int kWideChunks = M::kPack == 1       ? kRegisters / 4
+                            : R * M::kPack <= 2 ? 4
+                            : R * M::kPack <= 8 ? 2
+                                                : 1;
+
+// The same for all R rows, as many at a time as half the registers hold.
+template <typename M, int S, int R, int NC, typename T>
+inline void add_values(const Tile<T>& tile, const Tile<T>& next, int64_t d, int64_t n,
+                       const float* probs, const float* alpha, float* out, int64_t ld) {
+  constexpr int kFit = kRegisters / 2 / ((NC > 0 ? NC : 1) * M::kPack);
+  constexpr int kRows = kFit < 1 ? 1 : kFit < R ? kFit : R;
+  int r = 0;
+  for (; r + kRows <= R; r += kRows)
+    add_block<M, S, kRows, NC>(tile, next, d, n, probs + r * S / M::kPack, alpha + r * S,
+                               out + r * ld, ld);
+  if constexpr (R % kRows != 0)
+    add_block<M, S, R % kRows, NC>(tile, next, d, n, probs + r * S / M::kPack, alpha + r * S,
+                                   out + r * ld, ld);
+}
+
+// Whether a token sees a slot; the scalar twin of mask_tile.
 inline bool sees(const AttentionArgs& a, int64_t batch, int64_t token, int64_t low, int64_t prefix,
                  int64_t slot) {
   const int64_t node = slot - prefix;
@@ -30,87 +121,106 @@ inline bool sees(const AttentionArgs& a, int64_t batch, int64_t token, int64_t l
   return visible && prefix + (a.depths != nullptr ? a.depths[batch * a.T + node] : node) >= low;
 }
 
-// At most kFewRows packed rows. Scores are [row][slot]; out is [row][D] until the end, when it
-// takes the layout that merge_units reads.
-template <typename T, int R>
+// At most kFewRows packed rows. Partial result: out [R][ld] | max [R] | sum [R].
+template <typename T, typename M, int R>
 void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
-  const int64_t G = a.Hq / a.Hkv, D = a.D, padded = padded_rows(R), prefix = a.seq_lens[u.batch];
-  const int64_t vectors = D / kLanes, whole = vectors * kLanes;
-  float* scores = scratch;             // [R][kKeyTile]
-  float* out = scores + R * kKeyTile;  // [R][D], within the space for converted keys
-  float top[R], sum[R];
+  constexpr int S = kSlots<R>, kChunk = kLanes * M::kPack;
+  const int64_t G = a.Hq / a.Hkv, D = a.D, ld = few_rows_stride(D), prefix = a.seq_lens[u.batch];
+  float* scores = scratch;                        // [kKeyTile / S][kLanes]
+  float* probs = scores + kKeyTile / S * kLanes;  // the same, as elements of M
+  float* out = u.partial;
+  __builtin_memset(out, 0, sizeof(float) * R * ld);
   int64_t low[R], token[R], lowest = INT64_MAX, highest = 0;
   for (int r = 0; r < R; ++r) {
     token[r] = (u.row_begin + r) / G;
-    const int64_t depth = a.depths != nullptr ? a.depths[u.batch * a.T + token[r]] : token[r];
-    low[r] = a.window > 0 && prefix + depth - a.window + 1 > 0 ? prefix + depth - a.window + 1 : 0;
+    low[r] = first_position(a, u.batch, token[r], prefix);
     lowest = low[r] < lowest ? low[r] : lowest;
     highest = low[r] > highest ? low[r] : highest;
-    top[r] = -kInf;
-    sum[r] = 0.f;
   }
-  __builtin_memset(out, 0, sizeof(float) * R * D);
-  const T* keys = static_cast<const T*>(a.key_cache);
-  const T* values = static_cast<const T*>(a.value_cache);
+  const float scale = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e;
 
-  for (int64_t slot = first_visible_slot(u, lowest, prefix); slot < u.slot_end; slot += kKeyTile) {
-    const int64_t count = u.slot_end - slot < kKeyTile ? u.slot_end - slot : kKeyTile;
-    for (int64_t s = 0; s < count; ++s) {
-      const T* key = keys + a.key_layout.offset(u.batch, u.kv_head, slot + s);
-      f32v acc[R] = {};
-      for (int64_t d = 0; d < whole; d += kLanes) {
-        const f32v k = load_wide(key + d);
-        for (int r = 0; r < R; ++r) acc[r] += k * load(u.query + r * D + d);
-      }
-      for (int r = 0; r < R; ++r) {
-        float dot = horizontal_sum(acc[r]);
-        for (int64_t d = whole; d < D; ++d) dot += to_float(key[d]) * u.query[r * D + d];
-        scores[r * kKeyTile + s] = dot;
-      }
+  f32v top = splat(-kInf), sum = {};
+  Tile<T> tiles[2];
+  Tile<T>*tile = tiles, *next = tiles + 1;
+  int64_t slot = first_visible_slot(u, lowest, prefix);
+  for (find_tile(a, u, slot, tile); slot < u.slot_end; slot += kKeyTile) {
+    find_tile(a, u, slot + kKeyTile, next);
+    const int64_t count = tile->count, groups = (count + S - 1) / S;
+    for (int64_t g = 0; g < groups; ++g) {
+      f32v x = score_slots<M, R>(tile->keys + g * S, next->keys + g * S, u.query, D) * scale;
+      if (a.softcap > 0.f) x = tanh(x) * (a.softcap * kLog2e);
+      store(scores + g * kLanes, x);
     }
-    for (int r = 0; r < R; ++r) {
-      float* line = scores + r * kKeyTile;
-      if (a.softcap > 0.f)
-        for (int64_t s = 0; s < count; s += kLanes)
-          store(line + s, a.softcap * tanh(load(line + s) / a.softcap));
-      if (slot + count > prefix || highest > slot)
-        for (int64_t s = 0; s < count; ++s)
-          if (!sees(a, u.batch, token[r], low[r], prefix, slot + s)) line[s] = -kInf;
-      for (int64_t s = count; s < kKeyTile; ++s) line[s] = -kInf;
-      f32v high = load(line);
-      for (int64_t s = kLanes; s < kKeyTile; s += kLanes) high = max(high, load(line + s));
-      float tile_top = top[r];
-      for (int l = 0; l < kLanes; ++l) tile_top = high[l] > tile_top ? high[l] : tile_top;
-      const float shift = tile_top == -kInf ? 0.f : tile_top;
-      const float alpha = exp(splat(top[r] - shift))[0];
-      f32v total = {};
-      for (int64_t s = 0; s < kKeyTile; s += kLanes) {
-        const f32v p = exp(load(line + s) - shift);
-        store(line + s, p);
-        total += p;
-      }
-      sum[r] = sum[r] * alpha + horizontal_sum(total);
-      top[r] = tile_top;
-      if (alpha != 1.f)
-        for (int64_t d = 0; d < D; ++d) out[r * D + d] *= alpha;
+    // Slots of new tokens, prefix slots that a window may hide, and the padding of the last group.
+    const int64_t from = highest > slot ? 0 : prefix > slot ? prefix - slot : 0;
+    for (int64_t s = from; s < groups * S; ++s)
+      for (int r = 0; r < R; ++r)
+        if (s >= count || !sees(a, u.batch, token[r], low[r], prefix, slot + s))
+          scores[s / S * kLanes + r * S + s % S] = -kInf;
+
+    f32v high = top;
+    for (int64_t g = 0; g < groups; ++g) high = max(high, load(scores + g * kLanes));
+    high = segment_max<S>(high);
+    // A row that has seen nothing yet keeps max -inf; 0 instead keeps -inf minus -inf out.
+    const f32v shift = high == -kInf ? f32v{} : high;
+    const f32v alpha = exp2(top - shift);
+    sum *= alpha;
+    for (int64_t g = 0; g < groups; ++g) {
+      const f32v p = exp2(load(scores + g * kLanes) - shift);
+      M::store_lanes(reinterpret_cast<typename M::Element*>(probs) + g * (kLanes / M::kPack), p);
+      sum += p;
     }
-    // Four vectors of the head dim at a time stay in registers over all slots of the tile.
-    constexpr int kChunk = 4;
+    top = high;
+
+    float alphas[kLanes];
+    store(alphas, alpha);
     int64_t d = 0;
-    for (; d + kChunk * kLanes <= D; d += kChunk * kLanes)
-      add_values<T, R, kChunk>(a, u, values, slot, count, d, scores, out);
-    for (; d + kLanes <= D; d += kLanes)
-      add_values<T, R, 1>(a, u, values, slot, count, d, scores, out);
-    for (; d < D; ++d)
-      for (int64_t s = 0; s < count; ++s) {
-        const float value =
-            to_float(values[a.value_layout.offset(u.batch, u.kv_head, slot + s) + d]);
-        for (int r = 0; r < R; ++r) out[r * D + d] += scores[r * kKeyTile + s] * value;
-      }
+    const auto add_chunks = [&](auto chunks) {
+      constexpr int NC = decltype(chunks)::value;
+      for (; d + NC * kChunk <= D; d += NC * kChunk)
+        add_values<M, S, R, NC>(*tile, *next, d, 0, probs, alphas, out, ld);
+    };
+    add_chunks(Int<kWideChunks<M, R>>{});
+    add_chunks(Int<1>{});
+    if (d < D) add_values<M, S, R, 0>(*tile, *next, d, D - d, probs, alphas, out, ld);
+    Tile<T>* done = tile;
+    tile = next;
+    next = done;
   }
+  sum = segment_sum<S>(sum);
   for (int r = 0; r < R; ++r) {
-    for (int64_t d = 0; d < D; ++d) u.partial[d * kLanes + r] = out[r * D + d];
-    u.partial[D * padded + r] = top[r];
-    u.partial[(D + 1) * padded + r] = sum[r];
+    out[R * ld + r] = top[r * S];
+    out[R * ld + R + r] = sum[r * S];
+  }
+}
+
+// Merges the splits of one block, in order.
+template <typename T>
+void merge_few_rows(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
+  const AttentionUnit& u = units[0];
+  const int64_t G = a.Hq / a.Hkv, R = u.row_end - u.row_begin, ld = few_rows_stride(a.D);
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t row = u.row_begin + r, head = u.kv_head * G + row % G;
+    const auto top_of = [&](int64_t s) -> float& { return units[s].partial[R * ld + r]; };
+    const float sink = a.sinks != nullptr ? a.sinks[head] * kLog2e : -kInf;
+    float top = sink;
+    for (int64_t s = 0; s < count; ++s) top = top_of(s) > top ? top_of(s) : top;
+    const float shift = top == -kInf ? 0.f : top;
+    float sum = exp2(sink - shift);
+    for (int64_t s = 0; s < count; ++s) {
+      const float weight = exp2(top_of(s) - shift);
+      sum += units[s].partial[R * ld + R + r] * weight;
+      top_of(s) = weight;  // the maxima are not needed again
+    }
+    const int64_t at = (u.batch * a.Hq + head) * a.T + row / G;
+    a.lse[at] = sum > 0.f ? (top + __builtin_log2f(sum)) * kLn2 : -kInf;
+    const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+    for (int64_t d = 0; d < a.D; d += kLanes) {
+      f32v acc = {};
+      for (int64_t s = 0; s < count; ++s) acc += load(units[s].partial + r * ld + d) * top_of(s);
+      const int64_t left = a.D - d;
+      store_narrow(static_cast<T*>(a.out) + at * a.D + d, acc * inverse,
+                   left < kLanes ? left : kLanes);
+    }
   }
 }

@@ -4,41 +4,70 @@
 //   scores^T[slot][row] = sum_d key[slot][d] * query^T[d][row]      key element broadcast
 //   online softmax down the slots, one row per lane
 //   out^T[d][row] = out^T[d][row] * alpha + sum_slot value[slot][d] * p^T[slot][row]
+// With M::kPack = 2 the steps of both sums are pairs: of head dims, then of slots.
 
 // Accumulators kBroadcast x NV must fit the registers beside NV loaded vectors.
 template <int NV>
 constexpr int kBroadcast = NV == 1 || kRegisters == 32 ? 8 : 4;
 
-// NB keys or value columns against NV vectors of rows, accumulators in registers.
-template <int NV, int NB>
-inline void scores_block(const float* query, const float* const* keys, int64_t D, float* scores,
-                         int64_t ld) {
-  f32v acc[NB][NV] = {};
-  for (int64_t d = 0; d < D; ++d) {
-    f32v q[NV];
-    for (int v = 0; v < NV; ++v) q[v] = load(query + d * ld + v * kLanes);
-    for (int b = 0; b < NB; ++b)
-      for (int v = 0; v < NV; ++v) acc[b][v] += keys[b][d] * q[v];
+// A tile as the products read it: lines of elements.
+template <typename M>
+struct Lines {
+  int64_t begin, count;                                    // slots [begin, begin + count)
+  const typename M::Element* keys[kKeyTile];               // one per slot
+  const typename M::Element* values[kKeyTile / M::kPack];  // one per kPack slots
+};
+
+// sum[b][v] += sum over i of element line(i)[offset(b)], broadcast, times vector v of panel row i.
+// `ahead` steps once per 16 / NB steps: it is done when the tile is.
+template <typename M, int NV, int NB, typename P, typename F>
+inline void multiply(const float* panel, int64_t steps, const F& element, f32v (&sum)[NB][NV],
+                     P& ahead) {
+  constexpr int64_t ld = NV * kLanes;
+  const auto step = [&](int64_t i) {
+    typename M::Vec x[NV];
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) x[v] = load_as<typename M::Vec>(panel + i * ld + v * kLanes);
+#pragma GCC unroll 8
+    for (int b = 0; b < NB; ++b) {
+      const typename M::Vec y = M::broadcast(element(i, b));
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) sum[b][v] = M::multiply_add(y, x[v], sum[b][v]);
+    }
+  };
+  constexpr int kRun = 16 / NB;
+  P local = ahead;  // in registers
+  int64_t i = 0;
+  for (; i + kRun <= steps; i += kRun) {
+    local.step();
+#pragma GCC unroll 2
+    for (int j = 0; j < kRun; ++j) step(i + j);
   }
-  for (int b = 0; b < NB; ++b)
-    for (int v = 0; v < NV; ++v) store(scores + b * ld + v * kLanes, acc[b][v]);
+  for (; i < steps; ++i) step(i);
+  ahead = local;
 }
 
-template <int NV, int NB>
-inline void values_block(const float* probs, const float* const* values, int64_t d, int64_t slots,
-                         const f32v* alpha, float* out, int64_t ld) {
+// NB keys or value columns against NV vectors of rows, accumulators in registers.
+template <typename M, int NV, int NB, typename P>
+inline void scores_block(const float* query, const typename M::Element* const* keys, int64_t steps,
+                         float scale, float* scores, P& ahead) {
+  f32v acc[NB][NV] = {};
+  const auto element = [&](int64_t i, int b) { return keys[b] + i; };
+  multiply<M>(query, steps, element, acc, ahead);
+  for (int b = 0; b < NB; ++b)
+    for (int v = 0; v < NV; ++v) store(scores + (b * NV + v) * kLanes, acc[b][v] * scale);
+}
+
+template <typename M, int NV, int NB, typename P>
+inline void values_block(const float* probs, const typename M::Element* const* values, int64_t d,
+                         int64_t steps, const f32v* alpha, float* out, P& ahead) {
   f32v acc[NB][NV];
   for (int b = 0; b < NB; ++b)
-    for (int v = 0; v < NV; ++v) acc[b][v] = load(out + (d + b) * ld + v * kLanes) * alpha[v];
-  for (int64_t s = 0; s < slots; ++s) {
-    const float* value = values[s] + d;
-    f32v p[NV];
-    for (int v = 0; v < NV; ++v) p[v] = load(probs + s * ld + v * kLanes);
-    for (int b = 0; b < NB; ++b)
-      for (int v = 0; v < NV; ++v) acc[b][v] += value[b] * p[v];
-  }
+    for (int v = 0; v < NV; ++v) acc[b][v] = load(out + ((d + b) * NV + v) * kLanes) * alpha[v];
+  const auto element = [&](int64_t i, int b) { return values[i] + d + b; };
+  multiply<M>(probs, steps, element, acc, ahead);
   for (int b = 0; b < NB; ++b)
-    for (int v = 0; v < NV; ++v) store(out + (d + b) * ld + v * kLanes, acc[b][v]);
+    for (int v = 0; v < NV; ++v) store(out + ((d + b) * NV + v) * kLanes, acc[b][v]);
 }
 
 // What a row may see, one lane per row.
@@ -48,19 +77,15 @@ struct RowBounds {
   int32_t* word;   // 32 ancestor bits for the 32 new slots in hand
 };
 
-struct Tile {
-  int64_t begin, count;  // slots [begin, begin + count)
-  const float* keys[kKeyTile];
-  const float* values[kKeyTile];
-};
-
 // Sets scores of invisible (slot, row) pairs to -inf. `prefix` = P; slots at and after it are
 // nodes.
 template <int NV>
-void mask_tile(const AttentionArgs& a, int64_t batch, const Tile& tile, const RowBounds& rows,
-               int64_t row_count, int64_t prefix, bool window_cuts, float* scores, int64_t ld) {
-  for (int64_t s = 0; s < tile.count; ++s) {
-    const int64_t slot = tile.begin + s, node = slot - prefix;
+void mask_tile(const AttentionArgs& a, int64_t batch, int64_t begin, int64_t count,
+               const RowBounds& rows, int64_t row_count, int64_t prefix, bool window_cuts,
+               float* scores) {
+  constexpr int64_t ld = NV * kLanes;
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t slot = begin + s, node = slot - prefix;
     float* line = scores + s * ld;
     if (node < 0) {  // prefix: position = slot, only the window can hide it
       if (!window_cuts) continue;
@@ -90,92 +115,112 @@ void mask_tile(const AttentionArgs& a, int64_t batch, const Tile& tile, const Ro
 }
 
 // One tile of slots for one group of NV vectors of rows.
-template <int NV>
-void attend_tile(const AttentionArgs& a, int64_t batch, const Tile& tile, const float* query,
-                 const RowBounds& rows, int64_t row_count, int64_t prefix, int32_t highest_low,
-                 float* scores, float* out, float* row_max, float* row_sum) {
+template <typename M, int NV, typename P>
+void attend_tile(const AttentionArgs& a, int64_t batch, const Lines<M>& tile, P& ahead,
+                 const float* query, const RowBounds& rows, int64_t row_count, int64_t prefix,
+                 int32_t highest_low, float* scores, float* out, float* row_max, float* row_sum) {
   constexpr int64_t ld = NV * kLanes;
-  constexpr int NB = kBroadcast<NV>;
+  constexpr int NB = kBroadcast<NV>, kPack = M::kPack;
+  const float scale = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e;
+  const int64_t count = tile.count, depth = a.D / kPack;
   int64_t s = 0;
-  for (; s + NB <= tile.count; s += NB)
-    scores_block<NV, NB>(query, tile.keys + s, a.D, scores + s * ld, ld);
-  for (; s < tile.count; ++s) scores_block<NV, 1>(query, tile.keys + s, a.D, scores + s * ld, ld);
+  for (; s + NB <= count; s += NB)
+    scores_block<M, NV, NB>(query, tile.keys + s, depth, scale, scores + s * ld, ahead);
+  for (; s < count; ++s)
+    scores_block<M, NV, 1>(query, tile.keys + s, depth, scale, scores + s * ld, ahead);
 
   if (a.softcap > 0.f) {
-    for (int64_t i = 0; i < tile.count * ld; i += kLanes)
-      store(scores + i, a.softcap * tanh(load(scores + i) / a.softcap));
+    for (int64_t i = 0; i < count * ld; i += kLanes)
+      store(scores + i, tanh(load(scores + i)) * (a.softcap * kLog2e));
   }
   const bool window_cuts = a.window > 0 && highest_low > tile.begin;
-  if (window_cuts || tile.begin + tile.count > prefix)
-    mask_tile<NV>(a, batch, tile, rows, row_count, prefix, window_cuts, scores, ld);
+  if (window_cuts || tile.begin + count > prefix)
+    mask_tile<NV>(a, batch, tile.begin, count, rows, row_count, prefix, window_cuts, scores);
 
   f32v alpha[NV];
   for (int v = 0; v < NV; ++v) {
+    float* column = scores + v * kLanes;
     f32v top = load(row_max + v * kLanes);
     const f32v before = top;
-    for (s = 0; s < tile.count; ++s) top = max(top, load(scores + s * ld + v * kLanes));
+    for (s = 0; s < count; ++s) top = max(top, load(column + s * ld));
     // A row that has seen nothing yet keeps max -inf; 0 instead keeps -inf minus -inf out.
     const f32v shift = top == -kInf ? f32v{} : top;
-    alpha[v] = exp(before - shift);
+    alpha[v] = exp2(before - shift);
     f32v sum = load(row_sum + v * kLanes) * alpha[v];
-    for (s = 0; s < tile.count; ++s) {
-      const f32v p = exp(load(scores + s * ld + v * kLanes) - shift);
-      store(scores + s * ld + v * kLanes, p);
-      sum += p;
+    for (s = 0; s < count; s += kPack) {
+      f32v p[kPack];
+      for (int i = 0; i < kPack; ++i) {
+        p[i] = s + i < count ? exp2(load(column + (s + i) * ld) - shift) : f32v{};
+        sum += p[i];
+      }
+      const typename M::Vec x = M::combine(p);
+      __builtin_memcpy(column + s / kPack * ld, &x, sizeof x);  // never ahead of what is still read
     }
     store(row_max + v * kLanes, top);
     store(row_sum + v * kLanes, sum);
   }
 
+  const int64_t steps = (count + kPack - 1) / kPack;
   int64_t d = 0;
   for (; d + NB <= a.D; d += NB)
-    values_block<NV, NB>(scores, tile.values, d, tile.count, alpha, out, ld);
-  for (; d < a.D; ++d) values_block<NV, 1>(scores, tile.values, d, tile.count, alpha, out, ld);
+    values_block<M, NV, NB>(scores, tile.values, d, steps, alpha, out, ahead);
+  for (; d < a.D; ++d) values_block<M, NV, 1>(scores, tile.values, d, steps, alpha, out, ahead);
 }
 
-template <typename T>
-void load_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, int64_t count,
-               float* converted, Tile* tile) {
-  tile->begin = begin;
-  tile->count = count;
-  const T* keys = static_cast<const T*>(a.key_cache);
-  const T* values = static_cast<const T*>(a.value_cache);
-  for (int64_t s = 0; s < count; ++s) {
-    const T* key = keys + a.key_layout.offset(u.batch, u.kv_head, begin + s);
-    const T* value = values + a.value_layout.offset(u.batch, u.kv_head, begin + s);
-    if constexpr (sizeof(T) == sizeof(float)) {
-      tile->keys[s] = key;
-      tile->values[s] = value;
-    } else {
-      float* key_to = converted + s * a.D;
-      float* value_to = converted + (kKeyTile + s) * a.D;
-      convert_row(key, key_to, a.D);
-      convert_row(value, value_to, a.D);
-      tile->keys[s] = key_to;
-      tile->values[s] = value_to;
+// Lines of a tile: in place where the cache already holds elements, else converted into `buffer`
+// (2 * kKeyTile * D floats).
+template <typename T, typename M>
+void make_lines(const Tile<T>& tile, int64_t D, float* buffer, Lines<M>* lines) {
+  using Element = typename M::Element;
+  lines->begin = tile.begin;
+  lines->count = tile.count;
+  if constexpr (M::kPack == 2) {
+    for (int64_t s = 0; s < tile.count; ++s)
+      lines->keys[s] = reinterpret_cast<const Element*>(tile.keys[s]);
+    constexpr int64_t kChunk = 2 * kLanes;
+    for (int64_t s = 0; s < tile.count; s += 2, buffer += D) {
+      typename M::Vec x[2];
+      int64_t d = 0;
+      for (; d + kChunk <= D; d += kChunk) {
+        M::columns(tile.values + s, d, x);
+        __builtin_memcpy(buffer + d, x, sizeof x);
+      }
+      if (d < D) {
+        M::columns(tile.values + s, d, D - d, x);
+        __builtin_memcpy(buffer + d, x, (D - d) * 4);
+      }
+      lines->values[s / 2] = reinterpret_cast<const Element*>(buffer);
+    }
+  } else {
+    for (int64_t s = 0; s < tile.count; ++s) {
+      if constexpr (__is_same(T, float)) {
+        lines->keys[s] = tile.keys[s];
+        lines->values[s] = tile.values[s];
+      } else {
+        float *key = buffer + s * D, *value = buffer + (kKeyTile + s) * D;
+        convert_row(tile.keys[s], key, D);
+        convert_row(tile.values[s], value, D);
+        lines->keys[s] = key;
+        lines->values[s] = value;
+      }
     }
   }
 }
 
-// Asks for the rows of the next tile while this one is computed: the hardware does not look past
-// the arithmetic of a tile.
-template <typename T>
-void prefetch_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin) {
-  const int64_t left = u.slot_end - begin, count = left < kKeyTile ? left : kKeyTile;
-  const int64_t per_line = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t s = 0; s < count; ++s) {
-    const T* key =
-        static_cast<const T*>(a.key_cache) + a.key_layout.offset(u.batch, u.kv_head, begin + s);
-    const T* value =
-        static_cast<const T*>(a.value_cache) + a.value_layout.offset(u.batch, u.kv_head, begin + s);
-    for (int64_t d = 0; d < a.D; d += per_line) {
-      __builtin_prefetch(key + d, 0, 2);
-      __builtin_prefetch(value + d, 0, 2);
-    }
+// Calls f(first_row, NV) for the groups of a row block: up to three vectors each, as even as can
+// be. A group's data (query^T, out^T) is contiguous and starts at first_row * D.
+template <typename F>
+inline void for_each_group(int64_t rows, F f) {
+  const int64_t vectors = (rows + kLanes - 1) / kLanes, groups = (vectors + 2) / 3;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = vectors * g / groups, end = vectors * (g + 1) / groups;
+    f(first * kLanes, static_cast<int>(end - first));
   }
 }
 
-template <typename T>
+// Partial result: out^T [D][rows of a group], group after group | max [rows] | sum [rows], rows
+// padded.
+template <typename T, typename M>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
   const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin, padded = padded_rows(rows);
   const int64_t prefix = a.seq_lens[u.batch];
@@ -191,11 +236,8 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratc
   for (int64_t r = 0; r < padded; ++r) {
     // Padding lanes repeat the last row: finite numbers, never read.
     const int64_t row = u.row_begin + (r < rows ? r : rows - 1), token = row / G;
-    const int32_t depth =
-        a.depths != nullptr ? a.depths[u.batch * a.T + token] : static_cast<int32_t>(token);
-    const int64_t low = a.window > 0 ? prefix + depth - a.window + 1 : 0;
     all.token[r] = static_cast<int32_t>(token);
-    all.low[r] = static_cast<int32_t>(low > 0 ? low : 0);
+    all.low[r] = first_position(a, u.batch, token, prefix);
     all.word[r] = 0;
     highest_low = all.low[r] > highest_low ? all.low[r] : highest_low;
     lowest_low = all.low[r] < lowest_low ? all.low[r] : lowest_low;
@@ -204,20 +246,71 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratc
   }
   __builtin_memset(out, 0, sizeof(float) * a.D * padded);
 
-  Tile tile;
-  for (int64_t slot = first_visible_slot(u, lowest_low, prefix); slot < u.slot_end;
-       slot += kKeyTile) {
-    const int64_t left = u.slot_end - slot;
-    load_tile<T>(a, u, slot, left < kKeyTile ? left : kKeyTile, converted, &tile);
-    prefetch_tile<T>(a, u, slot + kKeyTile);
+  Tile<T> tiles[2];
+  Tile<T>*tile = tiles, *next = tiles + 1;
+  Lines<M> lines;
+  int64_t slot = first_visible_slot(u, lowest_low, prefix);
+  for (find_tile(a, u, slot, tile); slot < u.slot_end; slot += kKeyTile) {
+    find_tile(a, u, slot + kKeyTile, next);
+    make_lines(*tile, a.D, converted, &lines);
+    Prefetcher<T> ahead(*next, a.D);
     for_each_group(rows, [&](int64_t first, int nv) {
       const RowBounds part{all.token + first, all.low + first, all.word + first};
       const int64_t ld = nv * kLanes, count = first + ld < padded ? ld : padded - first;
-      const float* group_query = u.query + first * a.D;
-      float* group_out = out + first * a.D;
-      const auto call = nv == 3 ? attend_tile<3> : nv == 2 ? attend_tile<2> : attend_tile<1>;
-      call(a, u.batch, tile, group_query, part, count, prefix, highest_low, scores, group_out,
-           row_max + first, row_sum + first);
+      const auto call = nv == 3   ? attend_tile<M, 3, Prefetcher<T>>
+                        : nv == 2 ? attend_tile<M, 2, Prefetcher<T>>
+                                  : attend_tile<M, 1, Prefetcher<T>>;
+      call(a, u.batch, lines, ahead, u.query + first * a.D, part, count, prefix, highest_low,
+           scores, out + first * a.D, row_max + first, row_sum + first);
     });
+    Tile<T>* done = tile;
+    tile = next;
+    next = done;
   }
+}
+
+// Merges the splits of one block, in order.
+template <typename T>
+void merge_many_rows(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
+  const AttentionUnit& u = units[0];
+  const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin, padded = padded_rows(rows);
+  for_each_group(rows, [&](int64_t first, int nv) {
+    const int64_t ld = nv * kLanes;
+    for (int64_t i = 0; i < ld && first + i < rows; i += kLanes) {
+      const int64_t at = first + i, lanes = rows - at < kLanes ? rows - at : kLanes;
+      const auto max_of = [&](int64_t s) { return units[s].partial + a.D * padded + at; };
+      int64_t to[kLanes];  // index of each row of [B, Hq, T]
+      float sink[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const int64_t row = u.row_begin + at + (l < lanes ? l : 0);
+        const int64_t head = u.kv_head * G + row % G;
+        sink[l] = a.sinks != nullptr ? a.sinks[head] * kLog2e : -kInf;
+        to[l] = (u.batch * a.Hq + head) * a.T + row / G;
+      }
+      f32v top = load(sink);
+      for (int64_t s = 0; s < count; ++s) top = max(top, load(max_of(s)));
+      const f32v shift = top == -kInf ? f32v{} : top;
+      f32v sum = exp2(load(sink) - shift);
+      for (int64_t s = 0; s < count; ++s) {
+        const f32v weight = exp2(load(max_of(s)) - shift);
+        sum += load(max_of(s) + padded) * weight;
+        store(max_of(s), weight);  // the maxima are not needed again
+      }
+      for (int64_t l = 0; l < lanes; ++l)
+        a.lse[to[l]] = sum[l] > 0.f ? (top[l] + __builtin_log2f(sum[l])) * kLn2 : -kInf;
+      const f32v inverse = sum > 0.f ? 1.f / sum : f32v{};
+      for (int64_t d = 0; d < a.D; d += kLanes) {
+        const int64_t n = a.D - d < kLanes ? a.D - d : kLanes;
+        f32v block[kLanes] = {};  // kLanes of the head dim, rows in the lanes; then transposed
+        for (int64_t j = 0; j < n; ++j) {
+          for (int64_t s = 0; s < count; ++s)
+            block[j] += load(units[s].partial + first * a.D + (d + j) * ld + i) * load(max_of(s));
+          block[j] *= inverse;
+        }
+        transpose(block);
+        for (int64_t l = 0; l < lanes; ++l)
+          store_narrow(static_cast<T*>(a.out) + to[l] * a.D + d, block[l], n);
+      }
+    }
+  });
 }

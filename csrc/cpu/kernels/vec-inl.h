@@ -19,47 +19,59 @@ typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
 
 constexpr float kInf = __builtin_inff();
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
 
-inline f32v load(const float* p) {
-  f32v v;
+template <typename V>
+inline V load_as(const void* p) {
+  V v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-inline i32v load(const int32_t* p) {
-  i32v v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
+inline f32v load(const float* p) { return load_as<f32v>(p); }
+inline i32v load(const int32_t* p) { return load_as<i32v>(p); }
 inline void store(float* p, f32v v) { __builtin_memcpy(p, &v, sizeof v); }
 inline f32v splat(float x) { return x - f32v{}; }
 inline i32v splat(int32_t x) { return x - i32v{}; }
 inline f32v max(f32v a, f32v b) { return a > b ? a : b; }
 
-// exp(x), relative error below 2 ulp on [-87, 88]; exactly 0 below -87.3, exp(88) above 88.
-inline f32v exp(f32v x) {
-  const i32v tiny = x < -87.3f;
-  x = x > 88.f ? splat(88.f) : x;
-  x = tiny ? splat(-87.3f) : x;
+// 2^x for x <= 128, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -150.
+inline f32v exp2(f32v x) {
+#if defined(__AVX512F__)
+  // The constant first: the instruction returns its second operand where either is NaN.
+  x = reinterpret_cast<f32v>(_mm512_max_ps(_mm512_set1_ps(-160.f), reinterpret_cast<__m512>(x)));
+  const f32v n = reinterpret_cast<f32v>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), 0x08));
+#else
+  const i32v tiny = x < -126.f;  // this form has no subnormal results
+  x = tiny ? splat(-126.f) : x;
   const f32v magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32v n = (x * 1.44269504088896341f + magic) - magic;
-  const f32v r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  f32v p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
+  const f32v n = (x + magic) - magic;
+#endif
+  const f32v r = x - n;  // in [-1/2, 1/2]; minimax polynomial, 2e-9 before rounding
+  f32v p = splat(1.5345792e-4f);
+  p = p * r + 1.3399930e-3f;
+  p = p * r + 9.6184890e-3f;
+  p = p * r + 5.5503288e-2f;
+  p = p * r + 2.4022647e-1f;
+  p = p * r + 6.9314721e-1f;
+  p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<f32v>(
+      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
   const i32v bits = (__builtin_convertvector(n, i32v) + 127) << 23;
   f32v power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return tiny ? f32v{} : p * power;
+#endif
 }
+inline float exp2(float x) { return exp2(splat(x))[0]; }
 
-// tanh(x), absolute error below 2e-7: a polynomial near 0, where the exp form cancels.
+// tanh(x), absolute error below 2e-7: a polynomial near 0, where the exponential form cancels.
 inline f32v tanh(f32v x) {
   const f32v a = x < 0.f ? -x : x;
-  const f32v e = exp(a + a);
+  const f32v capped = a > 40.f ? splat(40.f) : a;
+  const f32v e = exp2(capped * (2.f * kLog2e));
   const f32v far = 1.f - 2.f / (e + 1.f);
   const f32v z = x * x;
   f32v p = splat(-5.70498872745e-3f);
@@ -71,106 +83,89 @@ inline f32v tanh(f32v x) {
   return a < 0.625f ? near : (x < 0.f ? -far : far);
 }
 
-// 16-bit floats. Conversion to bf16 and fp16 rounds to nearest even and keeps NaN.
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
+template <int N>
+struct Int {
+  static constexpr int value = N;
 };
 
-inline float as_float(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
+// Shuffles of two vectors by a rule: lane l of the result is element Rule::at(l) of a|b.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct FirstLanes : FirstLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct FirstLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+template <typename Rule, typename V, int... I>
+inline V shuffle(V a, V b, Lanes<I...>) {
+  return __builtin_shufflevector(a, b, Rule::at(I)...);
 }
-inline uint32_t as_bits(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
+template <typename Rule, typename V>
+inline V shuffle(V a, V b) {
+  return shuffle<Rule>(a, b, typename FirstLanes<sizeof(V) / sizeof(a[0])>::type{});
 }
+template <int H>
+struct Straight {  // a where bit H of the lane is 0, else b
+  static constexpr int at(int l) { return l & H ? kLanes + l : l; }
+};
+template <int H>
+struct Crossed {  // the same with lanes swapped H apart
+  static constexpr int at(int l) { return (l & H ? kLanes : 0) + (l ^ H); }
+};
+template <int H>
+struct Swapped {
+  static constexpr int at(int l) { return l ^ H; }
+};
 
-inline float to_float(float x) { return x; }
-inline float to_float(Bf16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
-inline float to_float(F16 x) {
-#if defined(__F16C__)
-  return _cvtsh_ss(x.bits);
-#else
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const uint32_t rest = x.bits & 0x7fff;
-  if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, NaN
-  // Multiplying by 2^112 moves the exponent and handles subnormals in one step.
-  return as_float(sign | as_bits(as_float(rest << 13) * as_float(0x77800000)));
-#endif
-}
-
-inline void from_float(float x, float* out) { *out = x; }
-inline void from_float(float x, Bf16* out) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
-inline void from_float(float x, F16* out) {
-#if defined(__F16C__)
-  out->bits = _cvtss_sh(x, 0);
-#else
-  const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-  uint32_t half;
-  if (rest > 0x7f800000) {
-    half = 0x7e00;
-  } else if (rest >= 0x477ff000) {
-    half = 0x7c00;  // overflow after rounding
-  } else if (rest < 0x38800000) {
-    // Subnormal: let the addition of 0.5 round at the right bit.
-    half = as_bits(as_float(rest) + 0.5f) - 0x3f000000;
+// Lane l of the result is the sum over all lanes of v[l]; destroys v.
+template <int H = 1>
+inline f32v sums(f32v* v) {
+  if constexpr (H == kLanes) {
+    return v[0];
   } else {
-    half = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2 * H)
+      v[i] = shuffle<Straight<H>>(v[i], v[i + H]) + shuffle<Crossed<H>>(v[i], v[i + H]);
+    return sums<2 * H>(v);
   }
-  out->bits = static_cast<uint16_t>(sign | half);
-#endif
 }
 
-// kLanes values of a row, as floats.
-inline f32v load_wide(const float* p) { return load(p); }
-inline f32v load_wide(const Bf16* p) {
-  u16v half;
-  __builtin_memcpy(&half, p, sizeof half);
-  const u32v wide = __builtin_convertvector(half, u32v) << 16;
-  f32v v;
-  __builtin_memcpy(&v, &wide, sizeof v);
+// v[i][l] becomes v[l][i].
+template <int H = 1>
+inline void transpose(f32v* v) {
+  if constexpr (H < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & H) continue;
+      const f32v a = v[i], b = v[i + H];
+      struct Low {  // a where bit H is 0, else b from H lanes lower
+        static constexpr int at(int l) { return l & H ? kLanes + (l ^ H) : l; }
+      };
+      struct High {  // a from H lanes higher where bit H is 0, else b
+        static constexpr int at(int l) { return l & H ? kLanes + l : l ^ H; }
+      };
+      v[i] = shuffle<Low>(a, b);
+      v[i + H] = shuffle<High>(a, b);
+    }
+    transpose<2 * H>(v);
+  }
+}
+
+// Each lane's largest (or summed) value over its aligned segment of S lanes.
+template <int S>
+inline f32v segment_max(f32v v) {
+  if constexpr (S > 1) {
+    v = max(v, shuffle<Swapped<S / 2>>(v, v));
+    return segment_max<S / 2>(v);
+  }
   return v;
 }
-inline f32v load_wide(const F16* p) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<f32v>(
-      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif defined(__F16C__)
-  return reinterpret_cast<f32v>(
-      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#else
-  f32v v;
-  for (int l = 0; l < kLanes; ++l) v[l] = to_float(p[l]);
+template <int S>
+inline f32v segment_sum(f32v v) {
+  if constexpr (S > 1) {
+    v = v + shuffle<Swapped<S / 2>>(v, v);
+    return segment_sum<S / 2>(v);
+  }
   return v;
-#endif
-}
-
-inline float horizontal_sum(f32v v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
-#else
-  // Pairwise, so that the compiler can halve the vector.
-  float lane[kLanes];
-  store(lane, v);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
-  return lane[0];
-#endif
-}
-
-// n floats from a row of any type; n need not be a multiple of the lanes.
-template <typename T>
-inline void convert_row(const T* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load_wide(from + i));
-  for (; i < n; ++i) to[i] = to_float(from[i]);
 }

@@ -1,0 +1,119 @@
+// Rows of fp32, bf16 and fp16 as fp32 vectors, and back. Included after vec-inl.h.
+
+// Conversion to bf16 and fp16 rounds to nearest even and keeps NaN.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+inline float as_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(F16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t rest = x.bits & 0x7fff;
+  if (rest >= 0x7c00) return as_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, NaN
+  // Multiplying by 2^112 moves the exponent and handles subnormals in one step.
+  return as_float(sign | as_bits(as_float(rest << 13) * as_float(0x77800000)));
+#endif
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, Bf16* out) {
+  const uint32_t bits = as_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+}
+inline void from_float(float x, F16* out) {
+#if defined(__F16C__)
+  out->bits = _cvtss_sh(x, 0);
+#else
+  const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  uint32_t half;
+  if (rest > 0x7f800000) {
+    half = 0x7e00;
+  } else if (rest >= 0x477ff000) {
+    half = 0x7c00;  // overflow after rounding
+  } else if (rest < 0x38800000) {
+    // Subnormal: let the addition of 0.5 round at the right bit.
+    half = as_bits(as_float(rest) + 0.5f) - 0x3f000000;
+  } else {
+    half = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+// kLanes values of a row, as floats.
+inline f32v load_wide(const float* p) { return load(p); }
+inline f32v load_wide(const Bf16* p) {
+  u16v half;
+  __builtin_memcpy(&half, p, sizeof half);
+  const u32v wide = __builtin_convertvector(half, u32v) << 16;
+  f32v v;
+  __builtin_memcpy(&v, &wide, sizeof v);
+  return v;
+}
+inline f32v load_wide(const F16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<f32v>(
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<f32v>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  f32v v;
+  for (int l = 0; l < kLanes; ++l) v[l] = to_float(p[l]);
+  return v;
+#endif
+}
+
+// The first n < kLanes values of a row, then zeros; reads nothing behind them.
+template <typename T>
+inline f32v load_wide(const T* p, int64_t n) {
+  T part[kLanes] = {};
+  __builtin_memcpy(part, p, n * sizeof(T));
+  return load_wide(part);
+}
+
+// The first n <= kLanes lanes, rounded to the type of the row.
+inline void store_narrow(float* to, f32v v, int64_t n) { __builtin_memcpy(to, &v, n * 4); }
+inline void store_narrow(Bf16* to, f32v v, int64_t n) {
+  u32v bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  const u32v rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const i32v nan = v != v;
+  const u16v half = __builtin_convertvector(nan ? u32v{} + 0x7fc0 : rounded, u16v);
+  __builtin_memcpy(to, &half, n * 2);
+}
+inline void store_narrow(F16* to, f32v v, int64_t n) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0);
+  __builtin_memcpy(to, &half, n * 2);
+#else
+  for (int64_t l = 0; l < n; ++l) from_float(v[l], to + l);
+#endif
+}
+
+// n floats from a row of any type; n need not be a multiple of the lanes.
+template <typename T>
+inline void convert_row(const T* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load_wide(from + i));
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}

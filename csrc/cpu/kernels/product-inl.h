@@ -1,0 +1,98 @@
+// How products of queries with keys, and of probabilities with values, are formed. A vector holds
+// kLanes elements of four bytes, an element kPack values: one float, or a pair of bf16 for the
+// instruction that multiplies two pairs and adds both products. fp32 sums either way.
+
+struct Fp32Product {
+  static constexpr int kPack = 1;
+  using Vec = f32v;
+  using Element = float;
+  static Vec broadcast(const Element* p) { return splat(*p); }
+  static f32v multiply_add(Vec a, Vec b, f32v sum) { return a * b + sum; }
+
+  // kLanes elements of a row, or the first n values of them and zeros.
+  template <typename T>
+  static Vec row(const T* p) {
+    return load_wide(p);
+  }
+  template <typename T>
+  static Vec row(const T* p, int64_t n) {
+    return load_wide(p, n);
+  }
+  // Elements that hold kPack rows of values column by column; kPack vectors from kPack rows.
+  template <typename T>
+  static void columns(const T* const* rows, int64_t at, Vec* out) {
+    out[0] = load_wide(rows[0] + at);
+  }
+  template <typename T>
+  static void columns(const T* const* rows, int64_t at, int64_t n, Vec* out) {
+    out[0] = load_wide(rows[0] + at, n);
+  }
+  // Probabilities of kPack slots as one vector of elements, and of kPack neighbouring lanes as one.
+  static Vec combine(const f32v* p) { return p[0]; }
+  static void store_lanes(float* to, f32v p) { store(to, p); }
+};
+
+#if defined(__AVX512BF16__)
+typedef uint16_t bf16v __attribute__((vector_size(64)));
+
+struct Bf16Product {
+  static constexpr int kPack = 2;
+  using Vec = i32v;
+  struct Element {
+    uint16_t pair[2];
+  };
+  static Vec broadcast(const Element* p) { return splat(load_as<int32_t>(p)); }
+  static f32v multiply_add(Vec a, Vec b, f32v sum) {
+    return reinterpret_cast<f32v>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                   reinterpret_cast<__m512bh>(a),
+                                                   reinterpret_cast<__m512bh>(b)));
+  }
+
+  static Vec row(const Bf16* p) { return load_as<Vec>(p); }
+  static Vec row(const Bf16* p, int64_t n) {
+    const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
+    return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi16(mask, p));
+  }
+  struct LowPairs {  // a0 b0 a1 b1 ...
+    static constexpr int at(int l) { return l / 2 + (l & 1 ? 32 : 0); }
+  };
+  struct HighPairs {  // a16 b16 a17 b17 ...
+    static constexpr int at(int l) { return 16 + l / 2 + (l & 1 ? 32 : 0); }
+  };
+  static void interleave(Vec a, Vec b, Vec* out) {
+    const bf16v x = reinterpret_cast<bf16v>(a), y = reinterpret_cast<bf16v>(b);
+    out[0] = reinterpret_cast<Vec>(shuffle<LowPairs>(x, y));
+    out[1] = reinterpret_cast<Vec>(shuffle<HighPairs>(x, y));
+  }
+  static void columns(const Bf16* const* rows, int64_t at, Vec* out) {
+    interleave(row(rows[0] + at), row(rows[1] + at), out);
+  }
+  static void columns(const Bf16* const* rows, int64_t at, int64_t n, Vec* out) {
+    interleave(row(rows[0] + at, n), row(rows[1] + at, n), out);
+  }
+  static Vec combine(const f32v* p) {
+    const bf16v both = reinterpret_cast<bf16v>(_mm512_cvtne2ps_pbh(
+        reinterpret_cast<__m512>(p[1]), reinterpret_cast<__m512>(p[0])));  // p[0] | p[1]
+    struct Pairs {
+      static constexpr int at(int l) { return l / 2 + (l & 1 ? 16 : 0); }
+    };
+    return reinterpret_cast<Vec>(shuffle<Pairs>(both, both));
+  }
+  static void store_lanes(Element* to, f32v p) {
+    const auto half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(p));
+    __builtin_memcpy(to, &half, 32);
+  }
+};
+#endif
+
+// The product for values of type T with head dim D.
+template <typename T, typename F>
+inline void with_product(int64_t D, F f) {
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, Bf16)) {
+    if (D % 2 == 0) return f(Bf16Product{});
+  }
+#endif
+  (void)D;
+  f(Fp32Product{});
+}
