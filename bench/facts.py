@@ -38,6 +38,7 @@ def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for i in order.sample(range(len(runs)), len(runs)):
+            torch.zeros(1 << 18)  # what one run gave back to the system, the next would wait for: up to 3 ms
             times[i].append(seconds(runs[i]))
     return [median(column) for column in times]
 

@@ -72,7 +72,7 @@ void run_dynamic(int64_t items, int64_t scratch, bool serial, const F& f) {
   const int64_t run = std::max<int64_t>(1, items / (4 * workers));
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    float* buffer = scratch > 0 ? scratch_buffer.reserve(scratch) : nullptr;
+    float* buffer = scratch_buffer.reserve(scratch);
     for (int64_t begin = next.fetch_add(run); begin < items; begin = next.fetch_add(run))
       for (int64_t i = begin; i < std::min(items, begin + run); ++i) f(i, buffer);
   };
@@ -188,50 +188,45 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   const int64_t tokens_per_block = std::max<int64_t>(1, kMaxRowBlock / G);
   const int64_t lanes_of_work = shape.Hkv * ((T + tokens_per_block - 1) / tokens_per_block);
   std::vector<AttentionUnit> units;
-  std::vector<int64_t> blocks;  // index of each block's first unit
-  std::vector<int64_t> partial_at, query_at;
-  int64_t floats = 0;
+  std::vector<int64_t> first_unit;            // of each block; the last entry ends the list
+  std::vector<int64_t> block_of, partial_at;  // of each unit
+  int64_t floats = 0, slots_read = 0;
   for (int64_t b = 0; b < B; ++b) {
     const int64_t even = (lens[b] + T) * lanes_of_work / 64 / kKeyTile * kKeyTile;
     const int64_t split = std::max(even, 4 * kKeyTile);
     for (int64_t h = 0; h < shape.Hkv; ++h)
       for (int64_t t = 0; t < T; t += tokens_per_block) {
         const int64_t end_token = std::min(T, t + tokens_per_block), slots = lens[b] + end_token;
-        blocks.push_back(static_cast<int64_t>(units.size()));
-        query_at.push_back(floats);
-        floats += query_floats((end_token - t) * G, D);
+        first_unit.push_back(static_cast<int64_t>(units.size()));
+        slots_read += slots;
         for (int64_t s = 0; s < slots; s += split) {
           units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h),
                            static_cast<int32_t>(t * G), static_cast<int32_t>(end_token * G), s,
-                           std::min(slots, s + split), nullptr, nullptr});
+                           std::min(slots, s + split), nullptr});
+          block_of.push_back(static_cast<int64_t>(first_unit.size()) - 1);
           partial_at.push_back(floats);
           floats += partial_floats((end_token - t) * G, D);
         }
       }
   }
-  const int64_t num_blocks = static_cast<int64_t>(blocks.size());
-  blocks.push_back(static_cast<int64_t>(units.size()));
+  first_unit.push_back(static_cast<int64_t>(units.size()));
   float* workspace = workspace_buffer.reserve(floats);
-  for (int64_t i = 0; i < num_blocks; ++i)
-    for (int64_t j = blocks[i]; j < blocks[i + 1]; ++j) {
-      units[j].query = workspace + query_at[i];
-      units[j].partial = workspace + partial_at[j];
-    }
+  for (size_t i = 0; i < units.size(); ++i) units[i].partial = workspace + partial_at[i];
+  std::unique_ptr<std::atomic<int64_t>[]> unfinished(
+      new std::atomic<int64_t>[first_unit.size() - 1]);
+  for (size_t i = 0; i + 1 < first_unit.size(); ++i)
+    unfinished[i] = first_unit[i + 1] - first_unit[i];
 
   const AttentionKernels& k = kernels();
   const int64_t block_rows = std::min(T, tokens_per_block) * G;
-  // Less work than waking the threads: packing and merging few rows; everything on a short prefix.
-  const bool small = num_blocks * block_rows * D < (1 << 14);
-  int64_t slots_read = 0;
-  for (const AttentionUnit& u : units) slots_read += u.slot_end - u.slot_begin;
-  const bool tiny = slots_read * D * (block_rows + 4) < (1 << 18);
-  run_dynamic(num_blocks, 0, small, [&](int64_t i, float*) {
-    k.pack_query(args, units[blocks[i]], workspace + query_at[i]);
-  });
-  run_dynamic(static_cast<int64_t>(units.size()), scratch_floats(block_rows, D), tiny,
-              [&](int64_t i, float* scratch) { k.run_unit(args, units[i], scratch); });
-  run_dynamic(num_blocks, 0, small, [&](int64_t i, float*) {
-    k.merge_units(args, units.data() + blocks[i], blocks[i + 1] - blocks[i]);
+  // A short prefix is less work than waking the threads.
+  const bool serial = slots_read * D * (block_rows + 4) < (1 << 18);
+  const int64_t scratch = scratch_floats(block_rows, D);
+  run_dynamic(static_cast<int64_t>(units.size()), scratch, serial, [&](int64_t i, float* buffer) {
+    k.run_unit(args, units[i], buffer);
+    const int64_t block = block_of[i], first = first_unit[block];
+    if (unfinished[block].fetch_sub(1) == 1)
+      k.merge_units(args, units.data() + first, first_unit[block + 1] - first);
   });
   workspace_buffer.trim();
   return {out, lse};

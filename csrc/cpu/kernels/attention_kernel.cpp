@@ -8,8 +8,9 @@
 namespace branchwise::BW_ISA {
 namespace {
 
-#include "cpu/kernels/half-inl.h"
-#include "cpu/kernels/vec-inl.h"
+// Each includes what it builds on; one level per translation unit.
+#include "cpu/kernels/few_rows-inl.h"
+#include "cpu/kernels/many_rows-inl.h"
 
 // Calls f with a value of the element type.
 template <typename F>
@@ -24,11 +25,6 @@ void by_type(KvType type, F f) {
   }
 }
 
-#include "cpu/kernels/few_rows-inl.h"
-#include "cpu/kernels/many_rows-inl.h"
-#include "cpu/kernels/product-inl.h"
-#include "cpu/kernels/tile-inl.h"
-
 // Calls f with the element type and the product of a call.
 template <typename F>
 void by_kernel(const AttentionArgs& a, F f) {
@@ -40,7 +36,7 @@ void by_kernel(const AttentionArgs& a, F f) {
 // Writes queries as elements: for few rows [D / chunk][row] vectors along the head dim, else
 // [D / kPack] vectors with the rows of a group in the lanes.
 template <typename T, typename M>
-void pack_query_typed(const AttentionArgs& a, const AttentionUnit& u, float* packed) {
+void pack_query(const AttentionArgs& a, const AttentionUnit& u, float* packed) {
   constexpr int64_t kChunk = kLanes * M::kPack;
   const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin;
   const auto row_of = [&](int64_t r) {
@@ -79,26 +75,22 @@ void pack_query_typed(const AttentionArgs& a, const AttentionUnit& u, float* pac
   });
 }
 
-void pack_query(const AttentionArgs& a, const AttentionUnit& u, float* packed) {
-  by_kernel(a, [&](auto type, auto product) {
-    pack_query_typed<decltype(type), decltype(product)>(a, u, packed);
-  });
-}
-
 template <typename T, typename M, int R = 1>
-void run_unit_typed(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
+void run_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query, float* scratch) {
   if constexpr (R > kFewRows) {
-    run_many_rows<T, M>(a, u, scratch);
+    run_many_rows<T, M>(a, u, query, scratch);
   } else if (u.row_end - u.row_begin == R) {
-    run_few_rows<T, M, R>(a, u, scratch);
+    run_few_rows<T, M, R>(a, u, query, scratch);
   } else {
-    run_unit_typed<T, M, R + 1>(a, u, scratch);
+    run_rows<T, M, R + 1>(a, u, query, scratch);
   }
 }
 
 void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
   by_kernel(a, [&](auto type, auto product) {
-    run_unit_typed<decltype(type), decltype(product)>(a, u, scratch);
+    pack_query<decltype(type), decltype(product)>(a, u, scratch);
+    float* rest = scratch + query_floats(u.row_end - u.row_begin, a.D);
+    run_rows<decltype(type), decltype(product)>(a, u, scratch, rest);
   });
 }
 
@@ -138,6 +130,6 @@ void merge_pair(const MergeArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {pack_query, run_unit, merge_units, merge_pair};
+const AttentionKernels attention_kernels = {run_unit, merge_units, merge_pair};
 
 }  // namespace branchwise::BW_ISA

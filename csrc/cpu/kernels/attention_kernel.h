@@ -9,9 +9,9 @@
 // Products are fp32, or pairs of bf16 where the level has the instruction (product-inl.h).
 //
 // Work is cut into units = (batch row, KV head, block of packed rows, split of the KV slots). A
-// unit leaves its unnormalised result in the workspace; a second pass merges the splits in
-// ascending order. Cuts depend on shapes and the row's own length only, so results do not depend on
-// threads or batch.
+// unit leaves its unnormalised result in the workspace; whoever finishes the last split of a block
+// merges all of them in ascending order. Cuts depend on shapes and the row's own length only, so
+// results do not depend on threads or batch.
 #pragma once
 #include <cstdint>
 
@@ -44,7 +44,6 @@ struct AttentionUnit {
   int32_t batch, kv_head;
   int32_t row_begin, row_end;    // packed rows of this block
   int64_t slot_begin, slot_end;  // KV slots of this split
-  const float* query;            // packed and scaled queries of the block, query_floats(rows, D)
   float* partial;                // partial_floats(rows, D) floats
 };
 
@@ -57,16 +56,16 @@ inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 inline int64_t padded_rows(int64_t rows) { return round_up(rows, kRowPad); }
 // Floats between the rows of a few-rows partial result: whole chunks of the head dim.
 inline int64_t few_rows_stride(int64_t D) { return round_up(D, 2 * kRowPad); }
-// Floats that hold a unit's packed queries, and its partial result: out, maxima, sums.
-inline int64_t query_floats(int64_t rows, int64_t D) {
-  return round_up(D, kRowPad) * padded_rows(rows);
-}
+// Floats that hold a unit's partial result: out, maxima, sums.
 inline int64_t partial_floats(int64_t rows, int64_t D) {
   return (few_rows_stride(D) + 2) * padded_rows(rows);
 }
-// Floats of scratch that a thread needs.
+// Floats that hold its packed queries, and all that a thread needs beside the result.
+inline int64_t query_floats(int64_t rows, int64_t D) {
+  return round_up(D, kRowPad) * padded_rows(rows);
+}
 inline int64_t scratch_floats(int64_t rows, int64_t D) {
-  return kKeyTile * 3 * kRowPad    // scores of one tile
+  return query_floats(rows, D) + kKeyTile * 3 * kRowPad  // scores of one tile
          + 2 * kKeyTile * D        // keys and values as the products read them
          + 8 * padded_rows(rows);  // per-row bounds and bit words
 }
@@ -82,8 +81,7 @@ struct MergeArgs {
 };
 
 struct AttentionKernels {
-  // Writes the packed queries of a unit's row block; all its splits read them.
-  void (*pack_query)(const AttentionArgs&, const AttentionUnit&, float* packed);
+  // Leaves the unit's partial result; scratch has scratch_floats(rows, D) floats.
   void (*run_unit)(const AttentionArgs&, const AttentionUnit&, float* scratch);
   // Merges `count` partial results of one row block, in order, into out and lse.
   void (*merge_units)(const AttentionArgs&, const AttentionUnit* first, int64_t count);

@@ -4,6 +4,12 @@
 // Scores of R rows and S = kSlots<R> slots share one vector: row r of slot s is in lane r * S + s
 // of vector s / S. So the softmax of all rows runs at once, and R * S dot products end in one
 // shuffle network instead of R * S horizontal sums.
+#pragma once
+
+#include "cpu/kernels/half-inl.h"
+#include "cpu/kernels/product-inl.h"
+#include "cpu/kernels/tile-inl.h"
+#include "cpu/kernels/vec-inl.h"
 
 constexpr int kFewRows = kLanes / 2;
 
@@ -123,7 +129,8 @@ inline bool sees(const AttentionArgs& a, int64_t batch, int64_t token, int64_t l
 
 // At most kFewRows packed rows. Partial result: out [R][ld] | max [R] | sum [R].
 template <typename T, typename M, int R>
-void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
+void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
+                  float* scratch) {
   constexpr int S = kSlots<R>, kChunk = kLanes * M::kPack;
   const int64_t G = a.Hq / a.Hkv, D = a.D, ld = few_rows_stride(D), prefix = a.seq_lens[u.batch];
   float* scores = scratch;                        // [kKeyTile / S][kLanes]
@@ -147,7 +154,7 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratch
     find_tile(a, u, slot + kKeyTile, next);
     const int64_t count = tile->count, groups = (count + S - 1) / S;
     for (int64_t g = 0; g < groups; ++g) {
-      f32v x = score_slots<M, R>(tile->keys + g * S, next->keys + g * S, u.query, D) * scale;
+      f32v x = score_slots<M, R>(tile->keys + g * S, next->keys + g * S, query, D) * scale;
       if (a.softcap > 0.f) x = tanh(x) * (a.softcap * kLog2e);
       store(scores + g * kLanes, x);
     }

@@ -1,4 +1,7 @@
 // Rows of fp32, bf16 and fp16 as fp32 vectors, and back. Included after vec-inl.h.
+#pragma once
+
+#include "cpu/kernels/vec-inl.h"
 
 // Conversion to bf16 and fp16 rounds to nearest even and keeps NaN.
 struct Bf16 {

@@ -5,6 +5,12 @@
 //   online softmax down the slots, one row per lane
 //   out^T[d][row] = out^T[d][row] * alpha + sum_slot value[slot][d] * p^T[slot][row]
 // With M::kPack = 2 the steps of both sums are pairs: of head dims, then of slots.
+#pragma once
+
+#include "cpu/kernels/half-inl.h"
+#include "cpu/kernels/product-inl.h"
+#include "cpu/kernels/tile-inl.h"
+#include "cpu/kernels/vec-inl.h"
 
 // Accumulators kBroadcast x NV must fit the registers beside NV loaded vectors.
 template <int NV>
@@ -221,7 +227,8 @@ inline void for_each_group(int64_t rows, F f) {
 // Partial result: out^T [D][rows of a group], group after group | max [rows] | sum [rows], rows
 // padded.
 template <typename T, typename M>
-void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
+void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
+                   float* scratch) {
   const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin, padded = padded_rows(rows);
   const int64_t prefix = a.seq_lens[u.batch];
   float* scores = scratch;
@@ -260,8 +267,8 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, float* scratc
       const auto call = nv == 3   ? attend_tile<M, 3, Prefetcher<T>>
                         : nv == 2 ? attend_tile<M, 2, Prefetcher<T>>
                                   : attend_tile<M, 1, Prefetcher<T>>;
-      call(a, u.batch, lines, ahead, u.query + first * a.D, part, count, prefix, highest_low,
-           scores, out + first * a.D, row_max + first, row_sum + first);
+      call(a, u.batch, lines, ahead, query + first * a.D, part, count, prefix, highest_low, scores,
+           out + first * a.D, row_max + first, row_sum + first);
     });
     Tile<T>* done = tile;
     tile = next;

@@ -1,6 +1,10 @@
 // How products of queries with keys, and of probabilities with values, are formed. A vector holds
 // kLanes elements of four bytes, an element kPack values: one float, or a pair of bf16 for the
 // instruction that multiplies two pairs and adds both products. fp32 sums either way.
+#pragma once
+
+#include "cpu/kernels/half-inl.h"
+#include "cpu/kernels/vec-inl.h"
 
 struct Fp32Product {
   static constexpr int kPack = 1;

@@ -1,4 +1,7 @@
 // Where the keys and values of a tile of slots lie, and which of them a row may see.
+#pragma once
+
+#include "cpu/kernels/half-inl.h"
 
 // A tile's rows of one cache; rows behind `count` are zeros, so that loops need no tails.
 template <typename T>

@@ -1,6 +1,7 @@
 // fp32 vectors of this ISA level as GNU vector types: arithmetic, comparison and selection are the
 // compiler's, so one source serves every level. Included only by kernel sources, inside
 // namespace branchwise::BW_ISA; uses no C++ library.
+#pragma once
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
