@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
   m.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor "
       "seq_lens, Tensor? "
-      "page_table=None) -> ()");
+      "page_table=None, Tensor? cos=None, Tensor? sin=None) -> ()");
   m.def(
       "commit_kv(Tensor(a!)[] caches, Tensor accepted, Tensor num_accepted, Tensor seq_lens, "
       "Tensor? page_table=None) "

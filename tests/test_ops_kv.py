@@ -29,6 +29,42 @@ def test_append_kv(B, Hkv, T, D, dtype, page_size):
     assert torch.equal(cache[0], expected[0]) and torch.equal(cache[1], expected[1])
 
 
+def angles(B, T, R, dtype=torch.float32, seed=5):
+    """cos and sin as a rotary embedding gives them: both halves alike."""
+    half = torch.rand(B, T, R // 2, generator=torch.Generator().manual_seed(seed)) * 100
+    both = torch.cat([half, half], dim=-1)
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+@pytest.mark.parametrize("page_size", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D, R, shared", [(64, 64, False), (40, 40, True), (80, 20, False), (128, 96, True)])
+def test_append_kv_with_rope(D, R, shared, dtype, page_size, isa):
+    cache, table = caches(3, 2, D, 60, dtype, page_size)
+    expected = [c.clone() for c in cache]
+    seq_lens = i32(0, 17, 30)
+    key, value = (torch.randn(3, 9, 2, D).to(dtype).transpose(1, 2) for _ in range(2))
+    for angle_dtype in {torch.float32, dtype}:
+        cos, sin = angles(1 if shared else 3, 9, R, angle_dtype)
+        ops.append_kv(key, value, *cache, seq_lens, table, cos=cos, sin=sin)
+        append_kv_reference(key, value, *expected, seq_lens, table, cos=cos, sin=sin)
+        # one rounding of a value of this size
+        torch.testing.assert_close(cache[0], expected[0], atol=2e-6, rtol=torch.finfo(dtype).eps)
+        assert torch.equal(cache[1], expected[1])
+
+
+def test_rope_is_that_of_transformers():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    (k, v), _ = caches(2, 3, 64, 20, torch.float32)
+    key, value = torch.randn(2, 3, 7, 64), torch.randn(2, 3, 7, 64)
+    cos, sin = angles(2, 7, 64)
+    ops.append_kv(key, value, k, v, i32(2, 5), cos=cos, sin=sin)
+    rotated = apply_rotary_pos_emb(key, key, cos, sin)[1]
+    torch.testing.assert_close(k[0, :, 2:9], rotated[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(k[1, :, 5:12], rotated[1], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("page_size", [0, 1, 5, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_commit_kv(dtype, page_size):
@@ -78,6 +114,18 @@ def test_append_kv_refuses_and_writes_nothing():
         ops.append_kv(new, new[:, :, :2], k, v, i32(0, 1))
     with pytest.raises(RuntimeError, match=r"key_cache.size\(3\) must be D = 16"):
         ops.append_kv(new[..., :16], new[..., :16], k, v, i32(0, 1))
+    cos, sin = angles(2, 4, 32)
+    for message, changes in {
+        "cos and sin must be given together": {"cos": cos},
+        r"cos.size\(1\) must be T = 4": {"cos": cos[:, :3], "sin": sin},
+        r"sin.size\(0\) must be B = 2 or 1": {"cos": cos, "sin": sin.repeat(2, 1, 1)[:3]},
+        r"sin.size\(2\) must be that of cos": {"cos": cos, "sin": sin[..., :30]},
+        r"cos.size\(2\) = 31 must be even": {"cos": cos[..., :31], "sin": sin[..., :31]},
+        "cos must be float32 or the dtype of key": {"cos": cos.bfloat16(), "sin": sin},
+        "cos must have shape": {"cos": cos[0], "sin": sin},
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            ops.append_kv(new, new, k, v, i32(0, 1), **changes)
     with pytest.raises(RuntimeError, match=r"page_table\[0, 0\] = 9"):
         ops.append_kv(new, new, k, v, i32(0, 1), torch.full((2, 3), 9, dtype=torch.int32))
     assert torch.equal(k, before)
@@ -102,6 +150,8 @@ def test_opcheck():
     (k, v), table = caches(2, 2, 32, 20, torch.float32, page_size=4)
     new = torch.randn(2, 2, 3, 32)
     torch.library.opcheck(torch.ops.branchwise.append_kv, (new, new, k, v, i32(1, 2), table))
+    rope = dict(zip(("cos", "sin"), angles(2, 3, 32), strict=True))
+    torch.library.opcheck(torch.ops.branchwise.append_kv, (new, new, k, v, i32(1, 2), table), rope)
     (k, v), _ = caches(2, 2, 32, 20, torch.float32)
     arguments = ([k, v], torch.tensor([[0, 2], [0, -1]], dtype=torch.int32), i32(2, 1), i32(1, 2))
     torch.library.opcheck(torch.ops.branchwise.commit_kv, arguments)

@@ -17,27 +17,6 @@
 namespace branchwise {
 namespace {
 
-const AttentionKernels& kernels() {
-  switch (current_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx512_bf16:
-      return avx512_bf16::attention_kernels;
-    case Isa::avx512:
-      return avx512::attention_kernels;
-    case Isa::avx2:
-      return avx2::attention_kernels;
-#endif
-    default:
-      return baseline::attention_kernels;
-  }
-}
-
-KvType kv_type(ScalarType type) {
-  return type == ScalarType::Float      ? KvType::f32
-         : type == ScalarType::BFloat16 ? KvType::bf16
-                                        : KvType::f16;
-}
-
 // A thread's buffer of at least so many floats. Kept between calls: fresh pages from the system can
 // cost more than the attention of a decode step.
 class Buffer {
@@ -217,7 +196,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   for (size_t i = 0; i + 1 < first_unit.size(); ++i)
     unfinished[i] = first_unit[i + 1] - first_unit[i];
 
-  const AttentionKernels& k = kernels();
+  const AttentionKernels& k = BW_KERNELS(attention_kernels);
   const int64_t block_rows = std::min(T, tokens_per_block) * G;
   // A short prefix is less work than waking the threads.
   const bool serial = slots_read * D * (block_rows + 4) < (1 << 18);
@@ -245,7 +224,7 @@ std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor ou
                        static_cast<float*>(lse.mutable_data_ptr()),
                        kv_type(out_a.scalar_type()),
                        out_a.size(3)};
-  const AttentionKernels& k = kernels();
+  const AttentionKernels& k = BW_KERNELS(attention_kernels);
   torch::stable::parallel_for(0, lse.numel(), 256,
                               [&](int64_t begin, int64_t end) { k.merge_pair(args, begin, end); });
   return {out, lse};

@@ -10,4 +10,15 @@ Isa best_isa();     // what this CPU and its operating system support
 Isa current_isa();  // what the kernels use now
 void set_isa(Isa);  // throws if the machine lacks it
 
+// The table `name` of the level in use.
+#if defined(__x86_64__)
+#define BW_KERNELS(name)                                                             \
+  (::branchwise::current_isa() == ::branchwise::Isa::avx512_bf16 ? avx512_bf16::name \
+   : ::branchwise::current_isa() == ::branchwise::Isa::avx512    ? avx512::name      \
+   : ::branchwise::current_isa() == ::branchwise::Isa::avx2      ? avx2::name        \
+                                                                 : baseline::name)
+#else
+#define BW_KERNELS(name) baseline::name
+#endif
+
 }  // namespace branchwise

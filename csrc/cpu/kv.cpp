@@ -3,8 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
+#include <utility>
 #include <vector>
 
+#include "cpu/isa.h"
+#include "cpu/kernels/rope_kernel.h"
 #include "cpu/kv_args.h"
 
 namespace branchwise {
@@ -15,7 +18,8 @@ int64_t element_size(const Tensor& t) { return t.scalar_type() == ScalarType::Fl
 }  // namespace
 
 void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
-               std::optional<Tensor> page_table) {
+               std::optional<Tensor> page_table, std::optional<Tensor> cos,
+               std::optional<Tensor> sin) {
   const char* op = "append_kv";
   check_dim(op, "key", key, 4, "[B, Hkv, T, D]");
   check_dim(op, "value", value, 4, "[B, Hkv, T, D]");
@@ -39,8 +43,35 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
     lens = check_seq_lens(op, seq_lens, B, T, shape, to[i]->size(0), page_table);
   }
 
+  RopeArgs rope{kv_type(key.scalar_type()), KvType::f32, key.size(3), 0};
+  BW_CHECK(cos.has_value() == sin.has_value(), op, ": cos and sin must be given together");
+  for (const auto& [name, angles] : {std::pair{"cos", &cos}, {"sin", &sin}}) {
+    if (!*angles) continue;
+    const Tensor& a = **angles;
+    check_dim(op, name, a, 3, "[B, T, R] or [1, T, R]");
+    check_last_contiguous(op, name, a);
+    BW_CHECK(a.size(0) == B || a.size(0) == 1, op, ": ", name, ".size(0) must be B = ", B,
+             " or 1, got shape ", shape_of(a));
+    check_size(op, name, a, 1, T, "T");
+    BW_CHECK(a.size(2) % 2 == 0 && a.size(2) <= key.size(3), op, ": ", name,
+             ".size(2) = ", a.size(2), " must be even and at most D = ", key.size(3));
+    BW_CHECK(a.scalar_type() == ScalarType::Float || a.scalar_type() == key.scalar_type(), op, ": ",
+             name, " must be float32 or the dtype of key, got ", name_of(a.scalar_type()));
+    check_dtype(op, name, a, cos->scalar_type());
+    check_size(op, name, a, 2, cos->size(2), "that of cos");
+    rope.R = a.size(2);
+    rope.angle_type = kv_type(a.scalar_type());
+  }
+  const RopeKernels& kernels = BW_KERNELS(rope_kernels);
+  // Address of the angles of token t of row b.
+  const auto angles_at = [&](const Tensor& a, int64_t b, int64_t t) {
+    const int64_t at = (a.size(0) == 1 ? 0 : b * a.stride(0)) + t * a.stride(1);
+    return static_cast<const char*>(a.const_data_ptr()) + at * element_size(a);
+  };
+
   const int64_t bytes = element_size(key);
   for (int i = 0; i < 2; ++i) {
+    const bool rotated = i == 0 && cos.has_value();
     const KvLayout layout = layout_of(*to[i], page_table);
     const char* source = static_cast<const char*>(from[i]->const_data_ptr());
     char* target = static_cast<char*>(to[i]->mutable_data_ptr());
@@ -51,9 +82,14 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
     torch::stable::parallel_for(0, B * Hkv, grain, [&](int64_t begin, int64_t end) {
       for (int64_t bh = begin; bh < end; ++bh) {
         const int64_t b = bh / Hkv, h = bh % Hkv;
-        for (int64_t t = 0; t < T; ++t)
-          std::memcpy(target + layout.offset(b, h, lens[b] + t) * bytes,
-                      source + (b * s0 + h * s1 + t * s2) * bytes, row_bytes);
+        for (int64_t t = 0; t < T; ++t) {
+          char* to = target + layout.offset(b, h, lens[b] + t) * bytes;
+          const char* row = source + (b * s0 + h * s1 + t * s2) * bytes;
+          if (rotated)
+            kernels.rotate_row(rope, row, angles_at(*cos, b, t), angles_at(*sin, b, t), to);
+          else
+            std::memcpy(to, row, row_bytes);
+        }
       }
     });
   }

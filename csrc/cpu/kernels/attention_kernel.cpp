@@ -12,19 +12,6 @@ namespace {
 #include "cpu/kernels/few_rows-inl.h"
 #include "cpu/kernels/many_rows-inl.h"
 
-// Calls f with a value of the element type.
-template <typename F>
-void by_type(KvType type, F f) {
-  switch (type) {
-    case KvType::f32:
-      return f(float{});
-    case KvType::bf16:
-      return f(Bf16{});
-    case KvType::f16:
-      return f(F16{});
-  }
-}
-
 // Calls f with the element type and the product of a call.
 template <typename F>
 void by_kernel(const AttentionArgs& a, F f) {

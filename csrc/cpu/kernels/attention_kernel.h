@@ -19,8 +19,6 @@
 
 namespace branchwise {
 
-enum class KvType : int { f32, bf16, f16 };
-
 struct AttentionArgs {
   const void* query;    // [B, Hq, T, D], last dimension contiguous
   int64_t q_stride[3];  // elements, for B, Hq, T

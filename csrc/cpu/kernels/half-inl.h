@@ -120,3 +120,22 @@ inline void convert_row(const T* from, float* to, int64_t n) {
   for (; i + kLanes <= n; i += kLanes) store(to + i, load_wide(from + i));
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
+
+// All or the first n <= kLanes values of a row.
+template <typename T>
+inline f32v load_part(const T* p, int64_t n) {
+  return n == kLanes ? load_wide(p) : load_wide(p, n);
+}
+
+// Calls f with a value of the element type.
+template <typename F>
+void by_type(KvType type, F f) {
+  switch (type) {
+    case KvType::f32:
+      return f(float{});
+    case KvType::bf16:
+      return f(Bf16{});
+    case KvType::f16:
+      return f(F16{});
+  }
+}

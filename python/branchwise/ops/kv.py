@@ -15,14 +15,23 @@ def append_kv(
     value_cache: Tensor,
     seq_lens: Tensor,
     page_table: Tensor | None = None,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> None:
     """Writes the keys and values of T new tokens into slots ``seq_lens[b]`` .. ``seq_lens[b] + T - 1``, in place.
+
+    With ``cos`` and ``sin`` the keys are given before RoPE and rotated on the way: value i of the first R pairs with
+    value i + R/2, as in transformers' ``apply_rotary_pos_emb``; values from R on are copied. The rotation is computed
+    in fp32 and rounded once.
 
     Args:
         key, value: [B, Hkv, T, D] float32, bfloat16 or float16, last dimension contiguous.
         key_cache, value_cache: same dtype; mutated.
         seq_lens: i32[B], not changed.
         page_table: i32[B, N], or None for contiguous caches.
+        cos, sin: [B, T, R] or [1, T, R] float32 or the dtype of ``key``, R even and at most D; last dimension
+            contiguous. What transformers' rotary embedding returns.
 
     Raises:
         RuntimeError: shapes or dtypes disagree, a row's slots do not fit, or a page is out of range; nothing
@@ -31,11 +40,11 @@ def append_kv(
     Source: card sparse-kernel-interface, family A.
     """
     refuse_grad("append_kv", key, value, key_cache, value_cache)
-    torch.ops.branchwise.append_kv(key, value, key_cache, value_cache, seq_lens, page_table)
+    torch.ops.branchwise.append_kv.default(key, value, key_cache, value_cache, seq_lens, page_table, cos, sin)
 
 
 @torch.library.register_fake("branchwise::append_kv")
-def _(key, value, key_cache, value_cache, seq_lens, page_table=None):
+def _(key, value, key_cache, value_cache, seq_lens, page_table=None, cos=None, sin=None):
     return None
 
 
@@ -47,8 +56,14 @@ def slot_view(cache: Tensor, row: int, slot: int, page_table: Tensor | None) -> 
     return cache[int(page_table[row, slot // page_size]), :, slot % page_size]
 
 
-def append_kv_reference(key, value, key_cache, value_cache, seq_lens, page_table=None) -> None:
-    """The definition of :func:`append_kv`, slot by slot."""
+def append_kv_reference(key, value, key_cache, value_cache, seq_lens, page_table=None, *, cos=None, sin=None) -> None:
+    """The definition of :func:`append_kv`, slot by slot; RoPE in float64."""
+    if cos is not None:
+        R = cos.shape[-1]
+        x, rest = key[..., :R].double(), key[..., R:]
+        turned = torch.cat([-x[..., R // 2 :], x[..., : R // 2]], dim=-1)
+        rotated = x * cos[:, None].double() + turned * sin[:, None].double()
+        key = torch.cat([rotated.to(key.dtype), rest], dim=-1)
     for new, cache in ((key, key_cache), (value, value_cache)):
         for b in range(new.shape[0]):
             for t in range(new.shape[2]):

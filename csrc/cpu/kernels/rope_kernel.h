@@ -1,0 +1,33 @@
+// Rotary position embedding of one row: what append_kv asks of a kernel level.
+#pragma once
+#include <cstdint>
+
+#include "common/kv_layout.h"
+
+namespace branchwise {
+
+struct RopeArgs {
+  KvType type;        // of key and out
+  KvType angle_type;  // of cos and sin: f32, or that of key
+  int64_t D, R;       // head dim; the first R of it are rotated, the rest is copied
+};
+
+struct RopeKernels {
+  // out[D] = key[D] with the halves of its first R values rotated; cos and sin hold R values.
+  void (*rotate_row)(const RopeArgs&, const void* key, const void* cos, const void* sin, void* out);
+};
+
+namespace baseline {
+extern const RopeKernels rope_kernels;
+}
+namespace avx2 {
+extern const RopeKernels rope_kernels;
+}
+namespace avx512 {
+extern const RopeKernels rope_kernels;
+}
+namespace avx512_bf16 {
+extern const RopeKernels rope_kernels;
+}
+
+}  // namespace branchwise
