@@ -27,16 +27,16 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+def interleaved(runs: Sequence[Callable[[], Any]], repeats: int, budget: float = 60.0) -> list[float]:
     """Median seconds of each, one of each per round, after one warm-up.
 
-    The order is drawn anew in every round: what ran before decides what lies in the caches.
+    The order is drawn anew in every round: what ran before decides what lies in the caches. Fewer rounds than
+    ``repeats``, but at least three, where they would take more than ``budget`` seconds.
     """
     order = random.Random(0)
-    for run in runs:
-        run()
+    round_seconds = sum(seconds(run) for run in runs) + 1e-9
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
+    for _ in range(max(3, min(repeats, int(budget / round_seconds)))):
         for i in order.sample(range(len(runs)), len(runs)):
             torch.zeros(1 << 18)  # what one run gave back to the system, the next would wait for: up to 3 ms
             times[i].append(seconds(runs[i]))

@@ -43,17 +43,21 @@ class Buffer {
 };
 thread_local Buffer workspace_buffer, scratch_buffer;
 
-// Threads take runs of items from one counter: a long row does not hold up the others, and what
-// lies together in memory is mostly read by one thread.
+// Threads take runs of items, long ones first: what lies together in memory is mostly read by one
+// thread, and a long row does not hold up the others.
 template <typename F>
-void run_dynamic(int64_t items, int64_t scratch, bool serial, const F& f) {
+void run_guided(int64_t items, int64_t scratch, bool serial, const F& f) {
   const int64_t workers = serial ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
-  const int64_t run = std::max<int64_t>(1, items / (4 * workers));
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     float* buffer = scratch_buffer.reserve(scratch);
-    for (int64_t begin = next.fetch_add(run); begin < items; begin = next.fetch_add(run))
-      for (int64_t i = begin; i < std::min(items, begin + run); ++i) f(i, buffer);
+    int64_t begin = next.load();
+    while (begin < items) {
+      const int64_t end = begin + std::max<int64_t>(1, (items - begin) / (2 * workers));
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      for (int64_t i = begin; i < end; ++i) f(i, buffer);
+      begin = next.load();
+    }
   };
   if (workers <= 1) return work();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -201,7 +205,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   // A short prefix is less work than waking the threads.
   const bool serial = slots_read * D * (block_rows + 4) < (1 << 18);
   const int64_t scratch = scratch_floats(block_rows, D);
-  run_dynamic(static_cast<int64_t>(units.size()), scratch, serial, [&](int64_t i, float* buffer) {
+  run_guided(static_cast<int64_t>(units.size()), scratch, serial, [&](int64_t i, float* buffer) {
     k.run_unit(args, units[i], buffer);
     const int64_t block = block_of[i], first = first_unit[block];
     if (unfinished[block].fetch_sub(1) == 1)

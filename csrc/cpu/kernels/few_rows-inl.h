@@ -150,7 +150,9 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   Tile<T> tiles[2];
   Tile<T>*tile = tiles, *next = tiles + 1;
   int64_t slot = first_visible_slot(u, lowest, prefix);
-  for (find_tile(a, u, slot, tile); slot < u.slot_end; slot += kKeyTile) {
+  find_tile(a, u, slot, tile);
+  prefetch_all(*tile, a.D);
+  for (; slot < u.slot_end; slot += kKeyTile) {
     find_tile(a, u, slot + kKeyTile, next);
     const int64_t count = tile->count, groups = (count + S - 1) / S;
     for (int64_t g = 0; g < groups; ++g) {

@@ -257,7 +257,9 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   Tile<T>*tile = tiles, *next = tiles + 1;
   Lines<M> lines;
   int64_t slot = first_visible_slot(u, lowest_low, prefix);
-  for (find_tile(a, u, slot, tile); slot < u.slot_end; slot += kKeyTile) {
+  find_tile(a, u, slot, tile);
+  prefetch_all(*tile, a.D);
+  for (; slot < u.slot_end; slot += kKeyTile) {
     find_tile(a, u, slot + kKeyTile, next);
     make_lines(*tile, a.D, converted, &lines);
     Prefetcher<T> ahead(*next, a.D);

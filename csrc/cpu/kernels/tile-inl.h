@@ -54,6 +54,16 @@ inline void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+// Asks for all of a unit's first tile at once, which no tile before it has done.
+template <typename T>
+inline void prefetch_all(const Tile<T>& tile, int64_t D) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t s = 0; s < tile.count; ++s)
+    for (int64_t d = 0; d < D; d += kLine) prefetch(tile.keys[s] + d);
+  for (int64_t s = 0; s < tile.count; ++s)
+    for (int64_t d = 0; d < D; d += kLine) prefetch(tile.values[s] + d);
+}
+
 // Asks for a tile's rows line by line, one line per step: evenly spread over the arithmetic of the
 // tile before, since a burst of prefetches stalls like the loads it is meant to spare.
 template <typename T>
