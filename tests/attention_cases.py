@@ -40,6 +40,12 @@ CASES = [
     Case(T=1, Hq=10, Hkv=2, D=128, B=3),
     Case(T=2, Hq=2, Hkv=2, window=40),
     Case(T=3, Hq=1, Hkv=1, softcap=4.0, sinks=True, page_size=5),
+    # every count of few rows, on every level up to half its lanes, and head dims with part of a chunk
+    *[Case(T=1, Hq=rows, Hkv=1, D=80, prefix=150 + rows) for rows in range(1, 10)],
+    Case(T=1, Hq=6, Hkv=1, D=48, prefix=257, page_size=6, B=2),
+    Case(T=1, Hq=5, Hkv=1, D=33, prefix=70),
+    Case(T=4, Hq=2, Hkv=1, D=256, B=2, window=20, sinks=True),
+    Case(T=4, Hq=2, Hkv=1, D=1, prefix=90),
     # trees of every size around vector, word and tile borders
     Case(T=7, Hq=7, Hkv=1, B=2),
     Case(T=16, Hq=9, Hkv=3, B=4, prefix=700),
@@ -52,6 +58,8 @@ CASES = [
     # head dims: smallest, odd sizes, largest
     Case(D=32),
     Case(D=36, B=2),
+    Case(D=35, T=20),
+    Case(D=6, T=20),
     Case(D=80, T=12),
     Case(D=96, T=1),
     Case(D=100, T=1, Hq=3, Hkv=1),
@@ -70,6 +78,10 @@ CASES = [
     Case(softcap=3.0, T=33),
     Case(sinks=True, T=33, B=2),
     Case(scale=1.0, T=10),
+    Case(scale=-0.2, T=10, B=2),
+    Case(scale=0.0, T=10),
+    Case(scale=-0.2, T=1),
+    Case(scale=0.0, T=1),
     Case(page_size=16, T=30, B=3),
     Case(page_size=1, T=6, B=2),
     Case(page_size=7, T=70, B=2, window=50, sinks=True, softcap=5.0),

@@ -33,9 +33,18 @@ def test_matches_definition(case, dtype, isa):
     assert error(lse, exact_lse) <= 2e-6 * max(10.0, exact_lse.abs().max().item())
 
 
+# Few rows and many, enough slots for several splits and threads, blocks of rows, one product per dtype.
+SPLIT_CASES = [
+    Case(B=2, T=1, Hq=8, Hkv=2, D=128, prefix=3000),
+    Case(B=3, Hq=9, Hkv=3, T=17, prefix=900),
+    Case(B=1, Hq=4, Hkv=1, T=200, prefix=1500, sinks=True, window=700),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-def test_bit_equal_for_any_thread_count(dtype, threads):
-    inputs = attention_cases.make(Case(B=3, Hq=9, Hkv=3, T=17, prefix=900), dtype)
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_bit_equal_for_any_thread_count(case, dtype, threads, isa):
+    inputs = attention_cases.make(case, dtype)
     results = []
     for n in (1, 2, 3, 7):
         threads(n)
@@ -44,9 +53,10 @@ def test_bit_equal_for_any_thread_count(dtype, threads):
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("case", [Case(B=7, T=1), Case(B=7, T=16, Hq=9, Hkv=3), Case(B=5, T=40, page_size=16)], ids=str)
-def test_bit_equal_for_any_batch(case):
-    inputs = attention_cases.make(case, torch.float32)
+def test_bit_equal_for_any_batch(case, dtype):
+    inputs = attention_cases.make(case, dtype)
     query, key, value, seq_lens, mask = inputs.args
     table = inputs.options.pop("page_table")
     out, lse = ops.tree_attention(query, key, value, seq_lens, mask, page_table=table, **inputs.options)
@@ -59,6 +69,16 @@ def test_bit_equal_for_any_batch(case):
         assert torch.equal(alone, out[row]) and torch.equal(alone_lse, lse[row])
 
 
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_lse_over_64k_slots(dtype, T, isa):
+    inputs = attention_cases.make(Case(Hq=2, Hkv=1, D=64, T=T, prefix=65536), dtype)
+    out, lse = ops.tree_attention(*inputs.args)
+    exact, exact_lse = tree_attention_reference(*inputs.args)
+    assert error(lse, exact_lse) < 1e-4
+    assert error(out, exact) <= 2 * torch.finfo(dtype).eps * exact.abs().max() + 1e-6
+
+
 def test_paged_equals_contiguous():
     inputs = attention_cases.make(Case(B=2, T=30, page_size=16), torch.float32)
     query, key, value, seq_lens, mask = inputs.args
@@ -67,6 +87,22 @@ def test_paged_equals_contiguous():
     paged = ops.tree_attention(*inputs.args, page_table=inputs.options["page_table"])
     contiguous = ops.tree_attention(query, *flat, seq_lens, mask)
     assert torch.equal(paged[0], contiguous[0]) and torch.equal(paged[1], contiguous[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("T", [1, 30])
+def test_strided_and_unaligned_caches(T, dtype, isa):
+    """[B, S, Hkv, D] storage seen as [B, Hkv, S, D], beginning one element off any alignment."""
+    inputs = attention_cases.make(Case(B=2, T=T, Hq=6, Hkv=3, D=80), dtype)
+    query, key, value, seq_lens, mask = inputs.args
+    moved = []
+    for cache in (key, value):
+        B, H, S, D = cache.shape
+        view = torch.empty(cache.numel() + 1, dtype=dtype)[1:].view(B, S, H, D).transpose(1, 2)
+        moved.append(view.copy_(cache))
+    expected = ops.tree_attention(*inputs.args)
+    out = ops.tree_attention(query, *moved, seq_lens, mask)
+    assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
 
 
 def test_chain_mask_equals_causal():

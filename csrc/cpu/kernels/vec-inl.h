@@ -36,29 +36,28 @@ inline f32v splat(float x) { return x - f32v{}; }
 inline i32v splat(int32_t x) { return x - i32v{}; }
 inline f32v max(f32v a, f32v b) { return a > b ? a : b; }
 
-// 2^x for x <= 128, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -150.
+// 2^x for x <= 128, relative error below 2e-7; exactly 1 at 0, and 0 at -inf. Below -126 the
+// generic form gives 0.
 inline f32v exp2(f32v x) {
-#if defined(__AVX512F__)
-  // The constant first: the instruction returns its second operand where either is NaN.
-  x = reinterpret_cast<f32v>(_mm512_max_ps(_mm512_set1_ps(-160.f), reinterpret_cast<__m512>(x)));
-  const f32v n = reinterpret_cast<f32v>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), 0x08));
+#if defined(__AVX512DQ__)
+  // x - floor(x), and 0 at -inf; the last instruction floors x by itself.
+  const f32v r = reinterpret_cast<f32v>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0x09));
 #else
   const i32v tiny = x < -126.f;  // this form has no subnormal results
   x = tiny ? splat(-126.f) : x;
   const f32v magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32v n = (x + magic) - magic;
+  const f32v n = (x - 0.5f + magic) - magic;
+  const f32v r = x - n;
 #endif
-  const f32v r = x - n;  // in [-1/2, 1/2]; minimax polynomial, 2e-9 before rounding
-  f32v p = splat(1.5345792e-4f);
-  p = p * r + 1.3399930e-3f;
-  p = p * r + 9.6184890e-3f;
-  p = p * r + 5.5503288e-2f;
-  p = p * r + 2.4022647e-1f;
-  p = p * r + 6.9314721e-1f;
+  f32v p = splat(1.86712629e-3f);  // minimax on [0, 1] with p(0) = 1, 8e-8 before rounding
+  p = p * r + 9.01703830e-3f;
+  p = p * r + 5.57999075e-2f;
+  p = p * r + 2.40164452e-1f;
+  p = p * r + 6.93151312e-1f;
   p = p * r + 1.f;
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__)
   return reinterpret_cast<f32v>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x)));
 #else
   const i32v bits = (__builtin_convertvector(n, i32v) + 127) << 23;
   f32v power;
