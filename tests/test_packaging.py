@@ -48,12 +48,16 @@ def test_abi_audit(library):
 
 def test_kernels_share_no_inline_function_between_isa_levels():
     """A weak symbol compiled at two levels would let the linker keep the copy with the wrong instructions."""
-    objects = list((Path(__file__).parent.parent / "build").glob("**/kernels_*.dir/**/*.o"))
+    build = Path(__file__).parent.parent / "build"
+    # Sanitized objects are never shipped, and are compiled with less inlining.
+    objects = [path for path in build.glob("**/kernels_*.dir/**/*.o") if "sanitize" not in path.parts]
     if not objects:
         pytest.skip("no object files beside the sources")
     for path in objects:
         symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
-        assert "attention_kernels" in symbols
+        assert path.name.replace(".cpp.o", "s") in symbols, (
+            f"{path} lacks its kernel table: is this test looking at all?"
+        )
         assert not re.findall(r"^[0-9a-f]* [WVu] .*", symbols, re.M)
 
 

@@ -164,9 +164,10 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   args.softcap = static_cast<float>(softcap);
   args.window = window;
 
-  // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot. The
-  // split size depends on the row's own length only: about 64 units per row keep many threads busy,
-  // and a long prompt, with blocks enough, is not split at all.
+  // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot, and
+  // begin at its first one's window. The split size depends on the row's own length only: about 64
+  // units per row keep many threads busy, and a long prompt, with blocks enough, is not split at
+  // all.
   const int64_t G = Hq / shape.Hkv;
   const int64_t tokens_per_block = std::max<int64_t>(1, kMaxRowBlock / G);
   const int64_t lanes_of_work = shape.Hkv * ((T + tokens_per_block - 1) / tokens_per_block);
@@ -175,14 +176,16 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   std::vector<int64_t> block_of, partial_at;  // of each unit
   int64_t floats = 0, slots_read = 0;
   for (int64_t b = 0; b < B; ++b) {
-    const int64_t even = (lens[b] + T) * lanes_of_work / 64 / kKeyTile * kKeyTile;
-    const int64_t split = std::max(even, 4 * kKeyTile);
     for (int64_t h = 0; h < shape.Hkv; ++h)
       for (int64_t t = 0; t < T; t += tokens_per_block) {
         const int64_t end_token = std::min(T, t + tokens_per_block), slots = lens[b] + end_token;
+        const int64_t low = window == 0 ? 0 : lens[b] + (tree_mask ? 0 : t) - window + 1;
+        const int64_t first = std::max<int64_t>(0, low) / kKeyTile * kKeyTile;
+        const int64_t even = (slots - first) * lanes_of_work / 64 / kKeyTile * kKeyTile;
+        const int64_t split = std::max(even, 4 * kKeyTile);
         first_unit.push_back(static_cast<int64_t>(units.size()));
-        slots_read += slots;
-        for (int64_t s = 0; s < slots; s += split) {
+        slots_read += slots - first;
+        for (int64_t s = first; s < slots; s += split) {
           units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h),
                            static_cast<int32_t>(t * G), static_cast<int32_t>(end_token * G), s,
                            std::min(slots, s + split), nullptr});

@@ -149,9 +149,9 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   f32v top = splat(-kInf), sum = {};
   Tile<T> tiles[2];
   Tile<T>*tile = tiles, *next = tiles + 1;
-  int64_t slot = first_visible_slot(u, lowest, prefix);
+  int64_t slot = first_visible_slot(a, u, lowest, prefix);
   find_tile(a, u, slot, tile);
-  prefetch_all(*tile, a.D);
+  if (slot < u.slot_end) prefetch_all(*tile, a.D);
   for (; slot < u.slot_end; slot += kKeyTile) {
     find_tile(a, u, slot + kKeyTile, next);
     const int64_t count = tile->count, groups = (count + S - 1) / S;

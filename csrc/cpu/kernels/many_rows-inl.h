@@ -262,9 +262,9 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   Tile<T> tiles[2];
   Tile<T>*tile = tiles, *next = tiles + 1;
   Lines<M> lines;
-  int64_t slot = first_visible_slot(u, lowest_low, prefix);
+  int64_t slot = first_visible_slot(a, u, lowest_low, prefix);
   find_tile(a, u, slot, tile);
-  prefetch_all(*tile, a.D);
+  if (slot < u.slot_end) prefetch_all(*tile, a.D);
   for (; slot < u.slot_end; slot += kKeyTile) {
     find_tile(a, u, slot + kKeyTile, next);
     make_lines(*tile, a.D, converted, &lines);

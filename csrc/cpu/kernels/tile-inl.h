@@ -92,10 +92,12 @@ class Prefetcher {
   const char *line_ = nullptr, *end_ = nullptr;
 };
 
-// Where a unit starts to read: nothing before the lowest row's window is visible to its block.
-// Nodes are never skipped, since a node's position is not its slot.
-inline int64_t first_visible_slot(const AttentionUnit& u, int64_t lowest_low, int64_t prefix) {
-  const int64_t first = lowest_low < prefix ? lowest_low : prefix;
+// Where a unit starts to read: nothing before the lowest row's window is visible to its block. In a
+// tree, nodes are never skipped, since a node's position is not its slot.
+inline int64_t first_visible_slot(const AttentionArgs& a, const AttentionUnit& u,
+                                  int64_t lowest_low, int64_t prefix) {
+  const bool skip_nodes = a.tree_mask == nullptr;
+  const int64_t first = skip_nodes || lowest_low < prefix ? lowest_low : prefix;
   return first > u.slot_begin ? first : u.slot_begin;
 }
 
