@@ -165,9 +165,9 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   args.window = window;
 
   // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot, and
-  // begin at its first one's window. The split size depends on the row's own length only: about 64
-  // units per row keep many threads busy, and a long prompt, with blocks enough, is not split at
-  // all.
+  // begin at its first one's window. The split size depends on the row's own length and the shapes
+  // only: about 64 units per row keep many threads busy, and a long prompt, with blocks enough, is
+  // not split at all.
   const int64_t G = Hq / shape.Hkv;
   const int64_t tokens_per_block = std::max<int64_t>(1, kMaxRowBlock / G);
   const int64_t lanes_of_work = shape.Hkv * ((T + tokens_per_block - 1) / tokens_per_block);
@@ -221,8 +221,9 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
 // out = (out_a e^(lse_a - top) + out_b e^(lse_b - top)) / (e^(lse_a - top) + e^(lse_b - top))
 std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
   check_merge_args(out_a, lse_a, out_b, lse_b);
-  Tensor out = torch::stable::new_empty(out_a, out_a.sizes());
-  Tensor lse = torch::stable::new_empty(lse_a, lse_a.sizes());
+  const std::array<int64_t, 4> sizes{out_a.size(0), out_a.size(1), out_a.size(2), out_a.size(3)};
+  Tensor out = empty<4>(sizes, out_a.scalar_type());
+  Tensor lse = empty<3>({sizes[0], sizes[1], sizes[2]}, ScalarType::Float);
   const MergeArgs args{out_a.const_data_ptr(),
                        out_b.const_data_ptr(),
                        static_cast<const float*>(lse_a.const_data_ptr()),

@@ -101,11 +101,12 @@ void merge_pair_typed(const MergeArgs& a, int64_t begin, int64_t end) {
     const T *out_a = static_cast<const T*>(a.out_a) + r * a.D,
             *out_b = static_cast<const T*>(a.out_b) + r * a.D;
     T* out = static_cast<T*>(a.out) + r * a.D;
-    for (int64_t d = 0; d < a.D; ++d) {
+    for (int64_t d = 0; d < a.D; d += kLanes) {
+      const int64_t n = a.D - d < kLanes ? a.D - d : kLanes;
       // An empty side may hold anything; it must not turn into 0 * NaN.
-      const float from_a = wa > 0.f ? to_float(out_a[d]) * wa : 0.f;
-      const float from_b = wb > 0.f ? to_float(out_b[d]) * wb : 0.f;
-      from_float((from_a + from_b) * inverse, out + d);
+      const f32v from_a = wa > 0.f ? load_wide(out_a + d, n) * wa : f32v{};
+      const f32v from_b = wb > 0.f ? load_wide(out_b + d, n) * wb : f32v{};
+      store_narrow(out + d, (from_a + from_b) * inverse, n);
     }
   }
 }

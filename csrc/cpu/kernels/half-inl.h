@@ -1,4 +1,4 @@
-// Rows of fp32, bf16 and fp16 as fp32 vectors, and back. Included after vec-inl.h.
+// Rows of fp32, bf16 and fp16 as fp32 vectors, and back.
 #pragma once
 
 #include "cpu/kernels/vec-inl.h"
@@ -36,12 +36,6 @@ inline float to_float(F16 x) {
 #endif
 }
 
-inline void from_float(float x, float* out) { *out = x; }
-inline void from_float(float x, Bf16* out) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  out->bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
 inline void from_float(float x, F16* out) {
 #if defined(__F16C__)
   out->bits = _cvtss_sh(x, 0);
@@ -86,9 +80,10 @@ inline f32v load_wide(const F16* p) {
 #endif
 }
 
-// The first n < kLanes values of a row, then zeros; reads nothing behind them.
+// The first n <= kLanes values of a row, then zeros; reads nothing behind them.
 template <typename T>
 inline f32v load_wide(const T* p, int64_t n) {
+  if (n == kLanes) return load_wide(p);
   T part[kLanes] = {};
   __builtin_memcpy(part, p, n * sizeof(T));
   return load_wide(part);
@@ -119,12 +114,6 @@ inline void convert_row(const T* from, float* to, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(to + i, load_wide(from + i));
   for (; i < n; ++i) to[i] = to_float(from[i]);
-}
-
-// All or the first n <= kLanes values of a row.
-template <typename T>
-inline f32v load_part(const T* p, int64_t n) {
-  return n == kLanes ? load_wide(p) : load_wide(p, n);
 }
 
 // Calls f with a value of the element type.

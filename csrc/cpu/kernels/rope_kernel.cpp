@@ -17,9 +17,9 @@ void rotate(const RopeArgs& a, const T* key, const A* cos, const A* sin, T* out)
   const int64_t half = a.R / 2;
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t n = half - i < kLanes ? half - i : kLanes;
-    const f32v low = load_part(key + i, n), high = load_part(key + half + i, n);
-    const f32v new_low = low * load_part(cos + i, n) - high * load_part(sin + i, n);
-    const f32v new_high = high * load_part(cos + half + i, n) + low * load_part(sin + half + i, n);
+    const f32v low = load_wide(key + i, n), high = load_wide(key + half + i, n);
+    const f32v new_low = low * load_wide(cos + i, n) - high * load_wide(sin + i, n);
+    const f32v new_high = high * load_wide(cos + half + i, n) + low * load_wide(sin + half + i, n);
     store_narrow(out + i, new_low, n);
     store_narrow(out + half + i, new_high, n);
   }
