@@ -14,12 +14,42 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, "
       "Tensor)");
 
-  // Tree family: structure and verification
+  // Tree family: structure, noise, verification
   m.def("build_tree(Tensor parents, Tensor seq_lens) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "verify_greedy(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor target) -> "
-      "(Tensor, Tensor, "
-      "Tensor)");
+      "node_uniforms(Tensor seeds, Tensor rows, Tensor rounds, Tensor nodes, int purpose) -> "
+      "Tensor");
+  m.def(
+      "verify_greedy(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits, Tensor? "
+      "ready=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "verify_sample(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits, Tensor "
+      "uniforms, int rule, float temperature=1., float threshold_single=1., float "
+      "threshold_accumulated=1., Tensor? ready=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "verify_chain(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits, Tensor "
+      "draft, Tensor draft_index, Tensor uniforms, float temperature=1., Tensor? ready=None) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "verify_multi_draft(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits, "
+      "Tensor draft, Tensor draft_index, Tensor uniforms, bool replacement, float temperature=1., "
+      "Tensor? ready=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "verify_block(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits, Tensor "
+      "draft, Tensor draft_index, Tensor uniforms, float temperature=1., Tensor? ready=None) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "verify_traversal(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits, "
+      "Tensor draft, Tensor draft_index, Tensor uniforms, bool replacement, float temperature=1., "
+      "Tensor? ready=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "verify_typical(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits, Tensor "
+      "uniforms, float epsilon, float alpha, float temperature=1., Tensor? ready=None) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "verify_policy(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits, Tensor "
+      "uniforms, int policy, float threshold, float alpha, int top_k, bool first_only, float "
+      "temperature=1., Tensor? ready=None) -> (Tensor, Tensor, Tensor)");
 
   // KV storage
   m.def(

@@ -19,7 +19,7 @@ class RandomTrees:
         self.truth, self.rng, self.luck = truth, np.random.default_rng(seed), luck
         self.vocabulary, self.forbid = vocabulary, forbid
 
-    def begin(self, prompts, eos):
+    def begin(self, prompts, eos, noise):
         self.last = [int(p[-1]) for p in prompts]
         self.done = [0] * len(prompts)
         self.rows = list(range(len(prompts)))

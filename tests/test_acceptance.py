@@ -1,128 +1,181 @@
-"""Acceptance rules by exact enumeration: the emitted text must have exactly the target's law."""
-
-from itertools import product
+"""Rules by name, which one is chosen, and what processors get to see. The laws are in test_verify_law.py."""
 
 import numpy as np
 import pytest
 import torch
+from transformers.generation import logits_process
 
-from branchwise import RowTree, TokenTree
-from branchwise.acceptance import GREEDY, RULES, SAMPLE_AND_MATCH, Target, _walk
+from branchwise import DrawKind, RowTree, TokenTree
+from branchwise.acceptance import (
+    GREEDY,
+    MULTI_DRAFT,
+    RULES,
+    SAMPLE_AND_MATCH,
+    TRAVERSAL,
+    choose_rule,
+    policy_lossy,
+    thresholds_lossy,
+    typical_lossy,
+)
+from branchwise.target import Target
 
-V, DEPTH = 3, 2
-
-
-def target_law(rng):
-    """p(x | prefix) for every prefix of up to DEPTH tokens."""
-    return {prefix: rng.dirichlet(np.ones(V)) for n in range(DEPTH + 1) for prefix in product(range(V), repeat=n)}
-
-
-def joint(law):
-    """Probability of every text of DEPTH tokens."""
-    return {text: law[()][text[0]] * law[text[:1]][text[1]] for text in product(range(V), repeat=DEPTH)}
-
-
-def random_tree(rng):
-    """Up to two children per node, two levels."""
-    tokens, parents = [0], [-1]
-    for level in range(DEPTH):
-        for parent in [i for i in range(len(tokens)) if (parents[i] >= 0) == (level > 0)]:
-            for token in rng.permutation(V)[: rng.integers(0, 3)]:
-                tokens.append(int(token))
-                parents.append(parent)
-    row = RowTree(np.array(tokens, np.int32), np.array(parents, np.int32), np.ones(len(tokens), np.float32))
-    return TokenTree([row], torch.zeros(1, dtype=torch.int32))
+V = 10
+DRAWN = [DrawKind.WITH_REPLACEMENT, DrawKind.WITHOUT_REPLACEMENT]
 
 
-class Enumerator:
-    """Stands in for the random draw: replays a given sequence of draws and multiplies their probabilities."""
-
-    def __init__(self, draws):
-        self.draws, self.probability, self.used = list(draws), 1.0, 0
-
-    def __call__(self, scores):
-        token = self.draws[self.used]
-        self.used += 1
-        self.probability *= float(scores.double().softmax(-1)[0, token])
-        return token
-
-
-def target_of(tree, law):
-    row = tree.rows[0]
-    logits = torch.stack([torch.tensor(np.log(law[tuple(row.path(i))[:DEPTH]])) for i in range(len(row))])[None]
-    return Target(logits, [torch.zeros(1, 20, dtype=torch.int64)], [1], [[]])
-
-
-def law_of_walk(tree, law):
-    """Law of the first DEPTH tokens that one round of sample-and-match and then plain sampling emit."""
-    result = dict.fromkeys(product(range(V), repeat=DEPTH), 0.0)
-    seen = set()
-    for draws in product(range(V), repeat=DEPTH + 1):
-        draw = Enumerator(draws)
-        accepted = _walk(tree, target_of(tree, law), draw)
-        if draws[: draw.used] in seen:
-            continue
-        seen.add(draws[: draw.used])
-        text = tuple(accepted.tokens(tree, 0))
-        if len(text) >= DEPTH:
-            result[text[:DEPTH]] += draw.probability
-        else:
-            for token in range(V):
-                result[(*text, token)] += draw.probability * law[text][token]
-    return result
+def make(B=3, T=12, seed=0, draws=DrawKind.DETERMINISTIC):
+    """Random trees with drafts of their own, logits and noise."""
+    rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(B):
+        n = int(rng.integers(2, T + 1))
+        parents = [-1, *(int(rng.integers(max(0, i - 3), i)) for i in range(1, n))]
+        tokens = [0]
+        for i in range(1, n):
+            taken = [tokens[j] for j in range(1, i) if parents[j] == parents[i]]
+            tokens.append(int(rng.choice([t for t in range(V) if t not in taken])))
+        draft = torch.rand(n, V, generator=g).softmax(-1)
+        rows.append(
+            RowTree(np.int32(tokens), np.int32(parents), np.ones(n, np.float32), draft, np.arange(n, dtype=np.int32))
+        )
+    tree = TokenTree(rows, torch.zeros(B, dtype=torch.int32), draws)
+    return tree, torch.randn(*tree.shape, V, generator=g) * 3, torch.rand(*tree.shape, 2, generator=g)
 
 
-def total_variation(a, b):
-    return 0.5 * sum(abs(a[key] - b[key]) for key in a)
+def target(logits, processors=(), texts=None):
+    B, T = logits.shape[:2]
+    texts = [torch.full((1, 4 + T), b) for b in range(B)] if texts is None else texts
+    return Target(logits, texts, [3] * B, [list(processors)] * B)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_sample_and_match_is_exact(seed):
-    rng = np.random.default_rng(seed)
-    law, tree = target_law(rng), random_tree(rng)
-    # Logits pass through float32, as in real decoding; the enumeration itself is float64.
-    assert total_variation(law_of_walk(tree, law), joint(law)) < 1e-6
+class Spy(logits_process.LogitsProcessor):
+    def __init__(self):
+        self.texts, self.calls = [], 0
 
-
-def test_longest_of_independent_paths_is_not_exact():
-    """Positive control: drawing one continuation per branch and keeping the longest match (Medusa's nucleus mode)."""
-    law = {prefix: np.array([0.5, 0.5, 0.0]) for n in range(3) for prefix in product(range(V), repeat=n)}
-    # Root with children a and b, each verified with a draw of its own; the first accepted child wins.
-    p_a = 0.5 + 0.5 * 0.5 * 0.5  # child a drawn, or neither child drawn and the bonus says a
-    wrong = {text: (p_a if text[0] == 0 else 1 - p_a) * law[text[:1]][text[1]] for text in product(range(V), repeat=2)}
-    assert total_variation(wrong, joint(law)) > 0.05
-
-
-def test_greedy_follows_the_argmax_with_and_without_processors():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        law, tree = target_law(rng), random_tree(rng)
-        plain = target_of(tree, law)
-        walked = target_of(tree, law)
-        walked.needs_path = True
-        fast, slow = GREEDY(tree, plain), GREEDY(tree, walked)
-        text = tuple(fast.tokens(tree, 0))
-        assert torch.equal(fast.nodes, slow.nodes) and torch.equal(fast.bonus, slow.bonus)
-        assert all(law[text[:i]].argmax() == text[i] for i in range(min(len(text), DEPTH + 1)))
-
-
-def test_processors_see_each_nodes_own_text():
-    row = RowTree(np.array([9, 1, 2, 3], np.int32), np.array([-1, 0, 1, 2], np.int32), np.ones(4, np.float32))
-    tree = TokenTree([row], torch.tensor([1], dtype=torch.int32))
-    texts = []
-
-    def spy(ids, scores):
-        texts.append(ids[0].tolist())
+    def __call__(self, ids, scores):
+        self.calls += 1
+        self.texts += ids.tolist()
+        assert len(ids) == len(scores)
         return scores
 
-    logits = torch.full((1, 4, 10), -5.0)
+
+def test_processors_see_each_nodes_own_text_in_order():
+    row = RowTree(np.array([9, 1, 2, 3], np.int32), np.array([-1, 0, 1, 2], np.int32), np.ones(4, np.float32))
+    tree = TokenTree([row], torch.tensor([1], dtype=torch.int32))
+    logits = torch.full((1, 4, V), -50.0)
     for node, token in enumerate((1, 2, 7, 0)):
-        logits[0, node, token] = 5.0
-    buffer = torch.tensor([[8, 9, 0, 0, 0, 0, 0]])
-    accepted = GREEDY(tree, Target(logits, [buffer], [2], [[spy]]))
-    assert texts == [[8, 9], [8, 9, 1], [8, 9, 1, 2]]
-    assert accepted.tokens(tree, 0) == [1, 2, 7] and int(accepted.count[0]) == 3
+        logits[0, node, token] = 50.0
+    for rule in (GREEDY, SAMPLE_AND_MATCH, RULES["each_child"]):
+        spy = Spy()
+        at = Target(logits, [torch.tensor([[8, 9, 0, 0, 0, 0, 0]])], [2], [[spy]])
+        accepted = rule(tree, at, torch.full((1, 4, 2), 0.5))
+        assert spy.texts == [[8, 9], [8, 9, 1], [8, 9, 1, 2]]
+        assert accepted.tokens(tree, 0) == [1, 2, 7] and accepted.path(0) == [0, 1, 2]
 
 
-def test_registry():
-    assert set(RULES) == {"greedy", "sample_and_match"} and SAMPLE_AND_MATCH.exact and GREEDY.exact
+def exact_and_lossy():
+    return [*RULES.values(), thresholds_lossy(0.5, 0.8), policy_lossy("surprisal", 1.0), typical_lossy(0.2)]
+
+
+@pytest.mark.parametrize("rule", exact_and_lossy(), ids=lambda rule: rule.name)
+def test_lazily_processed_rows_give_the_verdict_of_processing_all(rule):
+    """Warpers and a penalty that depends on the path, against every node processed by hand beforehand."""
+    for seed in range(8):
+        tree, logits, uniforms = make(seed=seed, draws=DRAWN[seed % 2])
+        if rule.name in ("chain", "block"):
+            chains = [RowTree.chain(0, r.tokens[1:], np.ones(len(r) - 1)) for r in tree.rows]
+            for chain, r in zip(chains, tree.rows, strict=True):
+                chain.draft, chain.draft_index = r.draft, r.draft_index
+            tree = TokenTree(chains, torch.zeros(3, dtype=torch.int32), tree.draws)
+        processors = [
+            logits_process.RepetitionPenaltyLogitsProcessor(1.5),
+            logits_process.TemperatureLogitsWarper(0.8),
+            logits_process.TopKLogitsWarper(6),
+        ]
+        lazy = target(logits, processors)
+        result = rule(tree, lazy, uniforms)
+        by_hand = torch.zeros_like(logits)
+        for b, row in enumerate(tree.rows):
+            for node in range(len(row)):
+                ids = torch.tensor([[b] * 3 + row.path(node)])
+                scores = logits[b, node][None]
+                for processor in processors:
+                    scores = processor(ids, scores.clone())
+                by_hand[b, node] = scores
+        expected = rule(tree, target(by_hand), uniforms)
+        assert torch.equal(result.nodes, expected.nodes) and torch.equal(result.bonus, expected.bonus)
+        for b in range(3):
+            for node, (raw, scores) in zip(result.path(b), lazy.path_scores(b, result.path(b)), strict=True):
+                assert torch.equal(raw[0], logits[b, node]) and torch.equal(scores[0], by_hand[b, node])
+
+
+def test_warpers_are_called_per_level_not_per_node():
+    tree, logits, uniforms = make(B=8, T=64)
+    calls = []
+
+    class Counting(logits_process.TopPLogitsWarper):
+        pass
+
+    warper = logits_process.TopPLogitsWarper(0.9)
+    original = logits_process.TopPLogitsWarper.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            logits_process.TopPLogitsWarper, "__call__", lambda self, i, s: calls.append(len(s)) or original(self, i, s)
+        )
+        accepted = SAMPLE_AND_MATCH(tree, target(logits, [warper]), uniforms)
+        assert len(calls) == int(accepted.count.max()) and sum(calls) == int(accepted.count.sum())
+        calls.clear()
+        SAMPLE_AND_MATCH(tree, target(logits, [Counting(0.9)]), uniforms)  # a subclass may look at the text
+        assert set(calls) == {1}
+
+
+def test_temperature_alone_is_left_to_the_op():
+    tree, logits, uniforms = make(B=20)
+    warm = [logits_process.TemperatureLogitsWarper(0.5)]
+    at = target(logits, warm)
+    assert at.ready is None and at.scores is logits
+    fused = SAMPLE_AND_MATCH(tree, at, uniforms)
+    by_hand = SAMPLE_AND_MATCH(tree, target(logits / 0.5), uniforms)
+    assert torch.equal(fused.nodes, by_hand.nodes) and torch.equal(fused.bonus, by_hand.bonus)
+    raw, scores = at.path_scores(0, [0])[0]
+    assert torch.equal(raw, logits[0, :1]) and torch.equal(scores, logits[0, :1] / 0.5)
+
+
+def test_the_rule_chosen():
+    def choose(rule, draws, sampling=True, processors=()):
+        return choose_rule(rule, draws, sampling, [list(processors)])
+
+    assert choose(None, DrawKind.DETERMINISTIC) is SAMPLE_AND_MATCH
+    for draws in DRAWN:
+        assert choose(None, draws) is TRAVERSAL
+        assert choose(None, draws, processors=[logits_process.TopKLogitsWarper(5)]) is TRAVERSAL
+        assert choose(None, draws, processors=[Spy()]) is MULTI_DRAFT
+        assert choose("sample_and_match", draws) is SAMPLE_AND_MATCH
+        with pytest.raises(ValueError, match="looks at texts that may be dropped"):
+            choose("block", draws, processors=[Spy()])
+    for name in ("chain", "multi_draft", "block", "traversal"):
+        with pytest.raises(ValueError, match=f"rule {name} is not for drafts drawn deterministic"):
+            choose(name, DrawKind.DETERMINISTIC)
+    for rule in RULES.values():
+        assert rule.exact != rule.name.endswith("_lossy")
+        assert choose(rule, DrawKind.WITHOUT_REPLACEMENT, sampling=False) is (GREEDY if rule.exact else rule)
+    with pytest.raises(ValueError, match=r"rule must be a Rule or one of greedy, sample_and_match, .*, got 'lucky'"):
+        choose("lucky", DrawKind.DETERMINISTIC)
+    with pytest.raises(ValueError, match="rule must not be greedy when do_sample=True"):
+        choose("greedy", DrawKind.DETERMINISTIC)
+
+
+def test_drafts_of_rows_are_put_together_without_copies_where_shared():
+    shared, own = torch.rand(5, V), torch.rand(2, V)
+    rows = [
+        RowTree(np.int32([0, 1]), np.int32([-1, 0]), np.ones(2, np.float32), table, np.int32(index))
+        for table, index in ((shared, [4, -1]), (own, [1, -1]), (shared, [2, -1]))
+    ]
+    tree = TokenTree([*rows, RowTree.root(3)], torch.zeros(4, dtype=torch.int32), DrawKind.WITH_REPLACEMENT)
+    assert torch.equal(tree.draft, torch.cat([shared, own]))
+    assert tree.draft_index.tolist() == [[4, -1], [6, -1], [2, -1], [-1, -1]]
+    assert TokenTree(rows[::2], torch.zeros(2, dtype=torch.int32)).draft is shared
+    with pytest.raises(ValueError, match="draft and draft_index must be given together"):
+        RowTree(np.int32([0]), np.int32([-1]), np.ones(1, np.float32), draft=own)
+    with pytest.raises(ValueError, match="draft_index must have one entry per node, 1, got 2"):
+        RowTree(np.int32([0]), np.int32([-1]), np.ones(1, np.float32), own, np.int32([0, 1]))

@@ -11,7 +11,7 @@ def ids(*tokens):
 
 
 def propose(drafter, prompt, budget=16, eos=()):
-    (tree,) = drafter.begin([ids(*prompt)], frozenset(eos)).propose([budget])
+    (tree,) = drafter.begin([ids(*prompt)], frozenset(eos), None).propose([budget])
     return tree
 
 
@@ -37,7 +37,7 @@ def test_prompt_lookup_stops_at_eos_and_budget():
 
 
 def test_prompt_lookup_sees_its_own_output():
-    session = PromptLookup().begin([ids(1), ids(5, 6)], frozenset())
+    session = PromptLookup().begin([ids(1), ids(5, 6)], frozenset(), None)
     session.observe([[2, 3, 1], []])
     trees = session.propose([8, 8])
     assert trees[0].tokens.tolist() == [1, 2, 3, 1] and trees[1].tokens.tolist() == [6]
@@ -47,7 +47,7 @@ def test_prompt_lookup_sees_its_own_output():
 
 def test_trie_rows_are_independent_and_outputs_are_shared():
     trie = Trie()
-    session = trie.begin([ids(1, 2, 3, 1, 2), ids(7, 8)], frozenset())
+    session = trie.begin([ids(1, 2, 3, 1, 2), ids(7, 8)], frozenset(), None)
     trees = session.propose([8, 8])
     assert trees[0].tokens.tolist()[:4] == [2, 3, 1, 2] and len(trees[1]) == 1
     session.observe([[3], [4, 5, 6]])

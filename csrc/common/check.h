@@ -7,6 +7,9 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#include "common/dtype.h"
 
 namespace branchwise {
 
@@ -78,6 +81,13 @@ inline void check_float_dtype(const char* op, const char* name, const Tensor& t)
            op, ": ", name, " must be float32, bfloat16 or float16, got ", name_of(type));
 }
 
+// Of a dtype that check_float_dtype lets through.
+inline DType dtype_of(ScalarType type) {
+  return type == ScalarType::Float      ? DType::f32
+         : type == ScalarType::BFloat16 ? DType::bf16
+                                        : DType::f16;
+}
+
 inline void check_last_contiguous(const char* op, const char* name, const Tensor& t) {
   BW_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, ": ", name,
            " must be contiguous in its last dimension, got stride ", t.stride(t.dim() - 1));
@@ -109,6 +119,25 @@ inline void check_merge_args(const Tensor& out_a, const Tensor& lse_a, const Ten
   check_contiguous(op, "out_b", out_b);
   check_contiguous(op, "lse_a", lse_a);
   check_contiguous(op, "lse_b", lse_b);
+}
+
+// Arguments of node_uniforms, on any device.
+inline void check_noise_args(const Tensor& seeds, const Tensor& rows, const Tensor& rounds,
+                             const Tensor& nodes) {
+  const char* op = "node_uniforms";
+  check_dim(op, "rounds", rounds, 2, "[B, N]");
+  check_dim(op, "nodes", nodes, 2, "[B, N]");
+  check_size(op, "nodes", nodes, 0, rounds.size(0), "B");
+  check_size(op, "nodes", nodes, 1, rounds.size(1), "N");
+  check_dim(op, "seeds", seeds, 1, "[B]");
+  check_size(op, "seeds", seeds, 0, rounds.size(0), "B");
+  check_dim(op, "rows", rows, 1, "[B]");
+  check_size(op, "rows", rows, 0, rounds.size(0), "B");
+  for (const auto& [name, t] :
+       {std::pair{"seeds", &seeds}, {"rows", &rows}, {"rounds", &rounds}, {"nodes", &nodes}}) {
+    check_dtype(op, name, *t, ScalarType::Long);
+    check_contiguous(op, name, *t);
+  }
 }
 
 }  // namespace branchwise

@@ -5,9 +5,6 @@
 
 namespace branchwise {
 
-// Element types of caches; the switch that a new storage type joins.
-enum class KvType : int { f32, bf16, f16 };
-
 struct KvLayout {
   int64_t stride_outer;  // elements between batch rows, or between pages
   int64_t stride_head;

@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   args.value_cache = value_cache.const_data_ptr();
   args.key_layout = layout_of(key_cache, page_table);
   args.value_layout = layout_of(value_cache, page_table);
-  args.type = kv_type(query.scalar_type());
+  args.type = dtype_of(query.scalar_type());
   args.out = out.mutable_data_ptr();
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   args.seq_lens = lens;
@@ -230,7 +230,7 @@ std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor ou
                        static_cast<const float*>(lse_b.const_data_ptr()),
                        out.mutable_data_ptr(),
                        static_cast<float*>(lse.mutable_data_ptr()),
-                       kv_type(out_a.scalar_type()),
+                       dtype_of(out_a.scalar_type()),
                        out_a.size(3)};
   const AttentionKernels& k = BW_KERNELS(attention_kernels);
   torch::stable::parallel_for(0, lse.numel(), 256,

@@ -43,7 +43,7 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
     lens = check_seq_lens(op, seq_lens, B, T, shape, to[i]->size(0), page_table);
   }
 
-  RopeArgs rope{kv_type(key.scalar_type()), KvType::f32, key.size(3), 0};
+  RopeArgs rope{dtype_of(key.scalar_type()), DType::f32, key.size(3), 0};
   BW_CHECK(cos.has_value() == sin.has_value(), op, ": cos and sin must be given together");
   for (const auto& [name, angles] : {std::pair{"cos", &cos}, {"sin", &sin}}) {
     if (!*angles) continue;
@@ -60,7 +60,7 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
     check_dtype(op, name, a, cos->scalar_type());
     check_size(op, name, a, 2, cos->size(2), "that of cos");
     rope.R = a.size(2);
-    rope.angle_type = kv_type(a.scalar_type());
+    rope.angle_type = dtype_of(a.scalar_type());
   }
   const RopeKernels& kernels = BW_KERNELS(rope_kernels);
   // Address of the angles of token t of row b.

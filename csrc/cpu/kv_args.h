@@ -7,12 +7,6 @@
 
 namespace branchwise {
 
-inline KvType kv_type(ScalarType type) {
-  return type == ScalarType::Float      ? KvType::f32
-         : type == ScalarType::BFloat16 ? KvType::bf16
-                                        : KvType::f16;
-}
-
 struct CacheShape {
   int64_t Hkv, D;
   int64_t capacity;  // slots a row can address

@@ -1,4 +1,4 @@
-// build_tree and verify_greedy: small integer work on token trees.
+// build_tree: small integer work on token trees.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -70,53 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> build_tree(Tensor parents, Tensor seq
   return {mask, positions, next_token, next_sibling};
 }
 
-std::tuple<Tensor, Tensor, Tensor> verify_greedy(Tensor tokens, Tensor next_token,
-                                                 Tensor next_sibling, Tensor target) {
-  const char* op = "verify_greedy";
-  check_dim(op, "tokens", tokens, 2, "[B, T]");
-  const int64_t B = tokens.size(0), T = tokens.size(1);
-  BW_CHECK(T >= 1, op, ": tokens must hold at least the root, got shape ", shape_of(tokens));
-  check_nodes(op, "tokens", tokens, B, T, ScalarType::Long);
-  check_nodes(op, "next_token", next_token, B, T, ScalarType::Int);
-  check_nodes(op, "next_sibling", next_sibling, B, T, ScalarType::Int);
-  check_nodes(op, "target", target, B, T, ScalarType::Long);
-
-  Tensor accepted = torch::stable::new_empty(next_token, {B, T});
-  Tensor num_accepted = torch::stable::new_empty(next_token, {B});
-  Tensor bonus = torch::stable::new_empty(tokens, {B});
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t* token = data<const int64_t>(tokens) + b * T;
-    const int64_t* want = data<const int64_t>(target) + b * T;
-    const int32_t* child = data<const int32_t>(next_token) + b * T;
-    const int32_t* sibling = data<const int32_t>(next_sibling) + b * T;
-    int32_t* path = data<int32_t>(accepted) + b * T;
-    std::fill(path, path + T, -1);
-    int32_t node = 0, count = 1;
-    path[0] = 0;
-    for (int32_t c = child[0]; c >= 0;) {
-      // Links only ever lead to later nodes, so the walk ends whatever the tensors hold.
-      BW_CHECK(c > node && c < T, op, ": next_token or next_sibling of row ", b,
-               " leads from node ", node, " to ", c,
-               "; links must lead to a later node below T = ", T);
-      if (token[c] == want[node]) {
-        node = c;
-        path[count++] = node;
-        c = child[node];
-      } else {
-        BW_CHECK(sibling[c] < 0 || sibling[c] > c, op, ": next_sibling[", b, ", ", c,
-                 "] = ", sibling[c], " must be -1 or a later node");
-        c = sibling[c];
-      }
-    }
-    data<int32_t>(num_accepted)[b] = count;
-    data<int64_t>(bonus)[b] = want[node];
-  }
-  return {accepted, num_accepted, bonus};
-}
-
 }  // namespace branchwise
 
 STABLE_TORCH_LIBRARY_IMPL(branchwise, CPU, m) {
   m.impl("build_tree", TORCH_BOX(&branchwise::build_tree));
-  m.impl("verify_greedy", TORCH_BOX(&branchwise::verify_greedy));
 }

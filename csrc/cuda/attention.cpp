@@ -21,15 +21,12 @@ std::tuple<Tensor, Tensor> merge_attention_cuda(Tensor out_a, Tensor lse_a, Tens
   const torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());
   Tensor out = torch::stable::new_empty(out_a, out_a.sizes());
   Tensor lse = torch::stable::new_empty(lse_a, lse_a.sizes());
-  const ScalarType type = out_a.scalar_type();
   const int code = cuda::merge_attention(
-      type == ScalarType::Float      ? cuda::DType::f32
-      : type == ScalarType::BFloat16 ? cuda::DType::bf16
-                                     : cuda::DType::f16,
-      out_a.const_data_ptr(), static_cast<const float*>(lse_a.const_data_ptr()),
-      out_b.const_data_ptr(), static_cast<const float*>(lse_b.const_data_ptr()),
-      out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()), lse.numel(),
-      out_a.size(3), current_cuda_stream(out_a.get_device_index()));
+      dtype_of(out_a.scalar_type()), out_a.const_data_ptr(),
+      static_cast<const float*>(lse_a.const_data_ptr()), out_b.const_data_ptr(),
+      static_cast<const float*>(lse_b.const_data_ptr()), out.mutable_data_ptr(),
+      static_cast<float*>(lse.mutable_data_ptr()), lse.numel(), out_a.size(3),
+      current_cuda_stream(out_a.get_device_index()));
   BW_CHECK(code == 0, "merge_attention: CUDA launch failed: ", cuda::error_string(code));
   return {out, lse};
 }

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .cache import KVStore as KVStore
     from .decoding import DecodeStats as DecodeStats
+    from .decoding import PositionKeyedSampler as PositionKeyedSampler
     from .decoding import TreeSpeculation as TreeSpeculation
     from .decoding import TreeSpeculationOutput as TreeSpeculationOutput
     from .generate import generate as generate
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOME = {
     "KVStore": "cache",
     "DecodeStats": "decoding",
+    "PositionKeyedSampler": "decoding",
     "TreeSpeculation": "decoding",
     "TreeSpeculationOutput": "decoding",
     "generate": "generate",
@@ -35,6 +37,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
-    if name in ("ops", "drafters", "acceptance", "attention", "cache", "decoding", "tree"):
+    if name in ("ops", "drafters", "acceptance", "attention", "cache", "decoding", "noise", "target", "tree"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'branchwise' has no attribute {name!r}")

@@ -28,11 +28,16 @@ class RowTree:
     ``scores`` estimate the probability that the path to a node is right; they never increase from parent to child
     and serve to choose a tree size, not to accept. Best-first drafters emit nodes in falling order of score, so any
     first n nodes are a tree of their own.
+
+    A drafter that draws hands over the distributions that it really drew from. The order of siblings is the order of
+    drawing.
     """
 
     tokens: np.ndarray  # i32[n]
     parents: np.ndarray  # i32[n], parents[0] = -1
     scores: np.ndarray  # f32[n], scores[0] = 1
+    draft: Tensor | None = None  # f32[R, V]; rows of a batch may share one
+    draft_index: np.ndarray | None = None  # i32[n]: row of draft that a node's children were drawn from, or -1
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
@@ -43,6 +48,10 @@ class RowTree:
             )
         if self.parents[0] != -1 or (self.parents[1:] < 0).any() or (self.parents >= np.arange(n)).any():
             raise ValueError(f"parents must be -1 for the root and else a node before, got {self.parents.tolist()}")
+        if (self.draft is None) != (self.draft_index is None):
+            raise ValueError("draft and draft_index must be given together")
+        if self.draft_index is not None and len(self.draft_index) != n:
+            raise ValueError(f"draft_index must have one entry per node, {n}, got {len(self.draft_index)}")
 
     @classmethod
     def root(cls, token: int) -> RowTree:
@@ -61,7 +70,14 @@ class RowTree:
         return len(self.tokens)
 
     def first(self, n: int) -> RowTree:
-        return self if n >= len(self) else RowTree(self.tokens[:n], self.parents[:n], self.scores[:n])
+        return self if n >= len(self) else self.only(np.arange(len(self)) < n)
+
+    def only(self, keep: np.ndarray) -> RowTree:
+        """Without the nodes where bool[n] ``keep`` is False; a node's parent must be kept with it."""
+        index = np.cumsum(keep) - 1
+        parents = np.where(self.parents[keep] >= 0, index[self.parents[keep]], -1).astype(np.int32)
+        draft_index = None if self.draft_index is None else self.draft_index[keep]
+        return RowTree(self.tokens[keep], parents, self.scores[keep], self.draft, draft_index)
 
     def path(self, node: int) -> list[int]:
         """Tokens after the root down to ``node``."""
@@ -81,10 +97,12 @@ class TokenTree:
         parents: i32[B, T]; -1 for roots and padding.
         tree_mask, positions, next_token, next_sibling: see :func:`branchwise.ops.build_tree`.
         is_chain: every row is one branch, so causal attention serves and no mask is needed.
+        draws: how siblings were drawn.
+        draft, draft_index: f32[R, V] and i32[B, T], the rows' own put together; None if no row has any.
     """
 
-    def __init__(self, rows: Sequence[RowTree], seq_lens: Tensor) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Sequence[RowTree], seq_lens: Tensor, draws: DrawKind = DrawKind.DETERMINISTIC) -> None:
+        self.rows, self.draws = list(rows), draws
         B, T = len(self.rows), max(len(row) for row in self.rows)
         tokens, parents = np.empty((B, T), np.int64), np.full((B, T), -1, np.int32)
         for b, row in enumerate(self.rows):
@@ -94,13 +112,23 @@ class TokenTree:
         self.tree_mask, self.positions, self.next_token, self.next_sibling = ops.build_tree(self.parents, seq_lens)
         chain = np.arange(-1, T - 1)
         self.is_chain = all(np.array_equal(row.parents, chain[: len(row)]) for row in self.rows)
+        self.draft, self.draft_index = self._drafts()
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.tokens.shape[0], self.tokens.shape[1]
 
-    def child(self, row: int, node: int, token: int) -> int:
-        """The child of ``node`` that holds ``token``, or -1."""
-        tree = self.rows[row]
-        hits = np.flatnonzero((tree.parents[node + 1 :] == node) & (tree.tokens[node + 1 :] == token))
-        return int(hits[0]) + node + 1 if len(hits) else -1
+    def _drafts(self) -> tuple[Tensor | None, Tensor | None]:
+        tables: list[Tensor] = []
+        first_row: dict[int, int] = {}  # of a table; rows that share one do not copy it
+        index = np.full(self.shape, -1, np.int32)
+        for b, row in enumerate(self.rows):
+            if row.draft is None or row.draft_index is None:
+                continue
+            if id(row.draft) not in first_row:
+                first_row[id(row.draft)] = sum(len(table) for table in tables)
+                tables.append(row.draft)
+            index[b, : len(row)] = np.where(row.draft_index >= 0, row.draft_index + first_row[id(row.draft)], -1)
+        if not tables:
+            return None, None
+        return tables[0] if len(tables) == 1 else torch.cat(tables), torch.from_numpy(index)

@@ -15,6 +15,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/kv_layout.h"
 
 namespace branchwise {
@@ -25,7 +26,7 @@ struct AttentionArgs {
   const void* key_cache;
   const void* value_cache;
   KvLayout key_layout, value_layout;
-  KvType type;               // of query, caches and out
+  DType type;                // of query, caches and out
   void* out;                 // [B, Hq, T, D] contiguous
   float* lse;                // [B, Hq, T] contiguous
   const int32_t* seq_lens;   // [B], P of each row
@@ -74,7 +75,7 @@ struct MergeArgs {
   const float *lse_a, *lse_b;
   void* out;
   float* lse;
-  KvType type;
+  DType type;
   int64_t D;
 };
 

@@ -118,13 +118,13 @@ inline void convert_row(const T* from, float* to, int64_t n) {
 
 // Calls f with a value of the element type.
 template <typename F>
-void by_type(KvType type, F f) {
+void by_type(DType type, F f) {
   switch (type) {
-    case KvType::f32:
+    case DType::f32:
       return f(float{});
-    case KvType::bf16:
+    case DType::bf16:
       return f(Bf16{});
-    case KvType::f16:
+    case DType::f16:
       return f(F16{});
   }
 }

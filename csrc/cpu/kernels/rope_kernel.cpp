@@ -30,7 +30,7 @@ void rotate_row(const RopeArgs& a, const void* key, const void* cos, const void*
   by_type(a.type, [&](auto type) {
     using T = decltype(type);
     const T* from = static_cast<const T*>(key);
-    if (a.angle_type == KvType::f32)
+    if (a.angle_type == DType::f32)
       rotate(a, from, static_cast<const float*>(cos), static_cast<const float*>(sin),
              static_cast<T*>(out));
     else

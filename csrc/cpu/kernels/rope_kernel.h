@@ -2,14 +2,14 @@
 #pragma once
 #include <cstdint>
 
-#include "common/kv_layout.h"
+#include "common/dtype.h"
 
 namespace branchwise {
 
 struct RopeArgs {
-  KvType type;        // of key and out
-  KvType angle_type;  // of cos and sin: f32, or that of key
-  int64_t D, R;       // head dim; the first R of it are rotated, the rest is copied
+  DType type;        // of key and out
+  DType angle_type;  // of cos and sin: f32, or that of key
+  int64_t D, R;      // head dim; the first R of it are rotated, the rest is copied
 };
 
 struct RopeKernels {

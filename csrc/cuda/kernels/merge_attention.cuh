@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace branchwise::cuda {
+#include "common/dtype.h"
 
-enum class DType : int { f32, bf16, f16 };
+namespace branchwise::cuda {
 
 // out_a, out_b, out: [n, D]; lse_a, lse_b, lse: [n].
 int merge_attention(DType type, const void* out_a, const float* lse_a, const void* out_b,

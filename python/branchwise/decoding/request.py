@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from ..acceptance import Processor
+from ..target import Processor
 
 # Arguments that plain decoding passes to the model and that a tree decoder supplies itself.
 _OWN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "cache_position"}

@@ -10,6 +10,8 @@ class DecodeStats:
     """Counts and seconds of one ``generate`` call, all rows together.
 
     Attributes:
+        rule: name of the acceptance rule.
+        exact: whether that rule keeps the target's distribution.
         forwards: forwards of the target model, the prompt's included.
         row_forwards: the same counted once per row that was still running.
         drafted: draft nodes that were verified (roots not counted).
@@ -20,6 +22,8 @@ class DecodeStats:
         accepted_flags: per row and emitted token, whether it came from an accepted draft node.
     """
 
+    rule: str = ""
+    exact: bool = True
     forwards: int = 0
     row_forwards: int = 0
     drafted: int = 0

@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ..acceptance import GREEDY, SAMPLE_AND_MATCH, Accepted, Rule, Target
+from ..acceptance import GREEDY, Accepted, Rule, choose_rule
 from ..attention import AttentionPlan, check_supported, use_attention
 from ..cache import KVStore
 from ..drafters import Drafter, make_drafter
-from ..tree import RowTree, TokenTree
+from ..noise import Noise, Purpose, Seed, row_seeds
+from ..target import Target
+from ..tree import DrawKind, RowTree, TokenTree
 from .request import callers_streamer, check_request, pad_and_stack, prompt_starts, row_processors
 from .stats import DecodeStats
 from .tree_size import CostModel, TreeSizer
@@ -38,9 +40,9 @@ class TreeSpeculationOutput(GenerateDecoderOnlyOutput):
 class TreeSpeculation:
     """A ``custom_generate`` callable: ``model.generate(**inputs, custom_generate=TreeSpeculation())``.
 
-    Greedy decoding gives the tokens of plain ``generate`` (fp32: token for token). Sampling uses sample-and-match,
-    which keeps the distribution exactly; with one row and one seed it gives the plain sampler's tokens. Logits
-    processors see each node's own text. Any batch size, left-padded as usual.
+    Greedy decoding gives the tokens of plain ``generate`` (fp32: token for token). Sampling keeps the target's
+    distribution exactly; for retrieved drafts it gives the very tokens of :class:`branchwise.PositionKeyedSampler`
+    with the same seed. Logits processors see each node's own text. Any batch size, left-padded as usual.
 
     One object keeps what its drafter and its cost estimates learned across calls; make one per user if texts must not
     influence each other's speed. ``stats`` describes the last finished call.
@@ -49,17 +51,32 @@ class TreeSpeculation:
         drafter: "trie", "prompt_lookup", or any :class:`branchwise.drafters.Drafter`.
         max_nodes: most nodes per row and forward, root included.
         adaptive: verify only as many nodes as pay, by measured cost and acceptance; False always uses ``max_nodes``.
+            Drafts that are drawn are never cut, as that would depend on the draws.
+        rule: an acceptance rule or its name; None for the exact one that accepts most, see
+            :func:`branchwise.acceptance.choose_rule`.
+        seed: of the noise when sampling, see :func:`branchwise.noise.row_seeds`. A row's noise depends on its seed
+            and its prompt, not on the rest of the batch.
 
     Raises:
-        ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request.
+        ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
+            or a rule that does not fit.
     """
 
-    def __init__(self, drafter: str | Drafter = "trie", max_nodes: int = 32, adaptive: bool = True) -> None:
+    def __init__(
+        self,
+        drafter: str | Drafter = "trie",
+        max_nodes: int = 32,
+        adaptive: bool = True,
+        rule: str | Rule | None = None,
+        seed: Seed = None,
+    ) -> None:
         if not 1 <= max_nodes <= 1024:
             raise ValueError(f"max_nodes must lie between 1 and 1024, got {max_nodes}")
         self.drafter = make_drafter(drafter)
         self.max_nodes = max_nodes
         self.adaptive = adaptive
+        self.rule = rule
+        self.seed = seed
         self.stats = DecodeStats()
         self._sizers: WeakKeyDictionary[PreTrainedModel, TreeSizer] = WeakKeyDictionary()
 
@@ -77,22 +94,26 @@ class TreeSpeculation:
         config = generation_config or model.generation_config
         check_supported(model)
         check_request("TreeSpeculation", config, model_kwargs)
-        rule = SAMPLE_AND_MATCH if config.do_sample else GREEDY
-        if self.drafter.draws not in rule.accepts:
-            raise ValueError(f"rule {rule.name} is not exact for drafts drawn {self.drafter.draws.value}")
+        processors = row_processors(logits_processor, input_ids.shape[0])
+        rule = choose_rule(self.rule, self.drafter.draws, bool(config.do_sample), processors)
+        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
+        prompts = [input_ids[b, start:] for b, start in enumerate(starts)]
+        seeds = row_seeds(self.seed, len(prompts)) if config.do_sample or not rule.exact else [0] * len(prompts)
+        adaptive = self.adaptive and self.drafter.draws is DrawKind.DETERMINISTIC
         sizer = self._sizers.setdefault(model, TreeSizer(_COSTS.setdefault(model, CostModel())))
         run = _Run(
             model=model,
             config=config,
             rule=rule,
-            processors=row_processors(logits_processor, input_ids.shape[0]),
+            processors=processors,
+            noise=Noise(seeds, [prompt.numpy() for prompt in prompts]),
             stopping=stopping_criteria or StoppingCriteriaList(),
             streamer=streamer if streamer is not None else callers_streamer(),
             max_nodes=self.max_nodes,
-            sizer=sizer if self.adaptive else None,
+            sizer=sizer if adaptive else None,
         )
         with use_attention(model):
-            result = run.decode(self.drafter, input_ids, prompt_starts(input_ids, model_kwargs.get("attention_mask")))
+            result = run.decode(self.drafter, input_ids, prompts)
         self.stats = run.stats
         return result
 
@@ -106,19 +127,22 @@ class _Run:
         config: GenerationConfig,
         rule: Rule,
         processors: Sequence[Any],
+        noise: Noise,
         stopping: StoppingCriteriaList,
         streamer: Any,
         max_nodes: int,
         sizer: TreeSizer | None,
     ) -> None:
-        self.model, self.config, self.rule, self.processors = model, config, rule, processors
+        self.model, self.config, self.rule, self.processors, self.noise = model, config, rule, processors, noise
         self.stopping, self.streamer, self.max_nodes, self.sizer = stopping, streamer, max_nodes, sizer
-        self.stats = DecodeStats()
+        self.stats = DecodeStats(rule=rule.name, exact=rule.exact)
         self.keep_finished = bool(config.return_dict_in_generate)  # the returned cache must hold every row
         self.keep_scores = self.keep_finished and bool(config.output_scores or config.output_logits)
 
-    def decode(self, drafter: Drafter, input_ids: Tensor, starts: list[int]) -> Tensor | TreeSpeculationOutput:
+    def decode(self, drafter: Drafter, input_ids: Tensor, prompts: list[Tensor]) -> Tensor | TreeSpeculationOutput:
         B, length = input_ids.shape
+        self.draws = drafter.draws
+        self.padding = [length - len(prompt) for prompt in prompts]
         self.max_length = self.stopping.max_length or self.config.max_length
         # Texts as plain generate's processors and criteria see them, padding included.
         room = max(self.max_length, length) + self.max_nodes + 1
@@ -129,11 +153,11 @@ class _Run:
         self.rows = list(range(B))
         self.finished = [False] * B
 
-        prompts = [input_ids[b, starts[b] :] for b in range(B)]
         eos = getattr(self.config, "_eos_token_tensor", None)  # set by generate
         session = drafter.begin(
             [prompt.numpy().astype(np.int32) for prompt in prompts],
             frozenset() if eos is None else frozenset(eos.flatten().tolist()),
+            self.noise,
         )
         try:
             self.prefill(prompts, session)
@@ -179,7 +203,7 @@ class _Run:
         trees = [self.shallow(tree, i) for i, tree in enumerate(trees)]
         if self.sizer is not None:
             trees = self.sizer.choose(trees)
-        tree = TokenTree(trees, self.store.seq_lens)
+        tree = TokenTree(trees, self.store.seq_lens, self.draws)
         drafted = time.perf_counter()
         logits = self.forward(tree.tokens, tree.positions, None if tree.is_chain else tree.tree_mask, None)
         done = time.perf_counter()
@@ -209,7 +233,16 @@ class _Run:
                     f"the drafter's tokens must lie between 0 and {vocabulary - 1}, "
                     f"got {tree.tokens.min()} to {tree.tokens.max()}"
                 )
-        return [tree.first(budget) for tree, budget in zip(trees, budgets, strict=True)]
+        if self.draws is DrawKind.DETERMINISTIC:
+            return [tree.first(budget) for tree, budget in zip(trees, budgets, strict=True)]
+        for tree, budget in zip(trees, budgets, strict=True):
+            if len(tree) > 1 and tree.draft is None:
+                raise ValueError(f"a drafter that draws {self.draws.value} must hand over what it drew from, as draft")
+            if tree.draft is not None and (tree.draft.dim() != 2 or tree.draft.shape[1] != vocabulary):
+                raise ValueError(f"draft must have shape [R, {vocabulary}], got {tuple(tree.draft.shape)}")
+            if len(tree) > budget:
+                raise ValueError(f"a drafter that draws must keep to its budget of {budget} nodes, got {len(tree)}")
+        return list(trees)
 
     def shallow(self, tree: RowTree, i: int) -> RowTree:
         """Without nodes that could not be emitted before ``max_length``."""
@@ -219,10 +252,7 @@ class _Run:
         depth = np.zeros(len(tree), np.int64)
         for node in range(1, len(tree)):
             depth[node] = depth[tree.parents[node]] + 1
-        keep = depth <= max(depth_limit, 0)
-        index = np.cumsum(keep) - 1
-        parents = np.where(tree.parents[keep] >= 0, index[tree.parents[keep]], -1).astype(np.int32)
-        return RowTree(tree.tokens[keep], parents, tree.scores[keep])
+        return tree.only(depth <= max(depth_limit, 0))
 
     def forward(self, tokens: Tensor, positions: Tensor, tree_mask: Tensor | None, wanted: list[int] | None) -> Tensor:
         """Logits [B, T or len(wanted), V]; the new keys and values are in the store, uncommitted."""
@@ -254,30 +284,38 @@ class _Run:
             [self.texts[row] for row in self.rows],
             [self.lengths[row] for row in self.rows],
             [self.processors[row] for row in self.rows],
-            self.keep_scores,
+            fuse_temperature=self.rule is not GREEDY,
         )
-        accepted = self.rule(tree, target)
+        accepted = self.rule(tree, target, self.uniforms(tree))
         emitted: list[list[int]] = []
         for i, row in enumerate(self.rows):
             if self.finished[i]:
                 accepted.count[i] = 0
                 emitted.append([])
                 continue
-            drafted = int(accepted.count[i]) - 1
+            path = accepted.path(i)
+            drafted = len(path) - 1
             tokens = self.emit(i, accepted.tokens(tree, i))
             emitted.append(tokens)
             # The last token's KV is not in the store, whether it was drafted or not: it is the next root.
             accepted.count[i] = len(tokens)
-            if target.visited is not None:
-                self.scores[row] += target.visited[i][: len(tokens)]
+            if self.keep_scores:
+                self.scores[row] += target.path_scores(i, path)[: len(tokens)]
             if self.sizer is not None:
-                self.sizer.observe(tree.rows[i], accepted.nodes[i, : drafted + 1].tolist())
+                self.sizer.observe(tree.rows[i], path)
             self.stats.drafted += len(tree.rows[i]) - 1
             self.stats.accepted += min(drafted, len(tokens))
             self.stats.emitted += len(tokens)
             self.stats.accepted_flags[row] += [j < drafted for j in range(len(tokens))]
         session.observe(emitted)
         return accepted
+
+    def uniforms(self, tree: TokenTree) -> Tensor:
+        """Noise of the rule, f32[B, T, 2]."""
+        lengths = torch.tensor([self.lengths[row] - self.padding[row] for row in self.rows])
+        if self.rule.by_position:
+            return self.noise.at_positions(lengths[:, None] + tree.positions - tree.positions[:, :1])
+        return self.noise.at_nodes(lengths, tree.shape[1], Purpose.VERIFY)
 
     def emit(self, i: int, tokens: list[int]) -> list[int]:
         """Appends tokens to a row's text until one of them ends it; returns those that were said."""
@@ -300,6 +338,7 @@ class _Run:
         if kept:
             self.store.select_rows(kept)
             session.keep(kept)
+            self.noise.keep(kept)
         self.rows = [self.rows[i] for i in kept]
         self.finished = [False] * len(kept)
 

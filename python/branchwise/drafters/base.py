@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..noise import Noise
 from ..tree import DrawKind, RowTree
 
 
@@ -18,8 +19,14 @@ class Drafter(Protocol):
 
     draws: DrawKind
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int]) -> DraftSession:
-        """Starts a batch. ``prompts``: i32 token ids per row, without padding; ``eos``: ids never to be drafted."""
+    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> DraftSession:
+        """Starts a batch.
+
+        Args:
+            prompts: i32 token ids per row, without padding.
+            eos: ids never to be drafted.
+            noise: for a drafter that draws, so that one seed gives one text; rows that finish leave it by themselves.
+        """
         ...
 
 
@@ -27,7 +34,11 @@ class DraftSession(Protocol):
     """The rows of one ``generate`` call."""
 
     def propose(self, budgets: Sequence[int]) -> list[RowTree]:
-        """One tree per row with at most ``budgets[b]`` nodes, the root (last token) included; may be just the root."""
+        """One tree per row with at most ``budgets[b]`` nodes, the root (last token) included; may be just the root.
+
+        A drafter that draws decides on shape before it sees a token that is left out: what it drops must not depend on
+        what was drawn, or the text is biased.
+        """
         ...
 
     def observe(self, emitted: Sequence[Sequence[int]]) -> None:

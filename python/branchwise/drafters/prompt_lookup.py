@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..noise import Noise
 from ..tree import DrawKind, RowTree
 
 
@@ -31,7 +32,7 @@ class PromptLookup:
             raise ValueError(f"match must be 'first' or 'last', got {match!r}")
         self.max_ngram, self.num_tokens, self.match = max_ngram, num_tokens, match
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int]) -> PromptLookupSession:
+    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> PromptLookupSession:
         return PromptLookupSession(self, prompts, eos)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _host
+from ..noise import Noise
 from ..tree import DrawKind, RowTree
 
 
@@ -54,7 +55,7 @@ class Trie:
         self._tries: dict[frozenset[int], _host.TokenTrie] = {}
         self._lock = threading.Lock()
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int]) -> TrieSession:
+    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> TrieSession:
         # Runs end at EOS, so models with other EOS tokens must not read each other's runs.
         with self._lock:
             if eos not in self._tries:

@@ -1,4 +1,4 @@
-"""Token trees as tensors: from parents to masks, and the greedy walk. Card tree-verify, "Data layout" and rule A."""
+"""Token trees as tensors: from parents to masks. Card tree-verify, "Data layout"."""
 
 from itertools import pairwise
 
@@ -58,49 +58,3 @@ def build_tree_reference(parents: Tensor, seq_lens: Tensor) -> tuple[Tensor, Ten
         for i, siblings in enumerate(children):
             next_token[b, i] = siblings[0] if siblings else -1
     return mask, positions, next_token, next_sibling
-
-
-def verify_greedy(
-    tokens: Tensor, next_token: Tensor, next_sibling: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rule A: walks from the root to the child that holds the target's choice, as long as there is one.
-
-    Args:
-        tokens: i64[B, T], token of each node; the root's is not read.
-        next_token, next_sibling: i32[B, T] from :func:`build_tree`.
-        target: i64[B, T], the target model's choice after each node (argmax, lowest index on ties).
-
-    Returns:
-        ``accepted`` i32[B, T] node ids of the path, root first, padded with -1; ``num_accepted`` i32[B] >= 1, counting
-        the root; ``bonus`` i64[B], the target's choice after the last accepted node.
-
-    Raises:
-        RuntimeError: a link leads backwards or out of the tree, or a shape or dtype is wrong.
-    """
-    return torch.ops.branchwise.verify_greedy(tokens, next_token, next_sibling, target)
-
-
-@torch.library.register_fake("branchwise::verify_greedy")
-def _(tokens, next_token, next_sibling, target):
-    return torch.empty_like(next_token), next_token.new_empty(tokens.shape[0]), tokens.new_empty(tokens.shape[0])
-
-
-def verify_greedy_reference(
-    tokens: Tensor, next_token: Tensor, next_sibling: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of :func:`verify_greedy`."""
-    accepted = torch.full_like(next_token, -1)
-    num_accepted, bonus = next_token.new_zeros(len(tokens)), tokens.new_zeros(len(tokens))
-    for b in range(len(tokens)):
-        node, path = 0, [0]
-        while True:
-            child = int(next_token[b, node])
-            while child >= 0 and tokens[b, child] != target[b, node]:
-                child = int(next_sibling[b, child])
-            if child < 0:
-                break
-            node = child
-            path.append(node)
-        accepted[b, : len(path)] = torch.tensor(path)
-        num_accepted[b], bonus[b] = len(path), target[b, node]
-    return accepted, num_accepted, bonus

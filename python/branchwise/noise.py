@@ -1,0 +1,79 @@
+"""Noise for sampling: a function of the seed, the prompt and what it is for, so that results repeat in any batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+
+Seed = int | Sequence[int] | torch.Generator | None
+
+
+class Purpose(IntEnum):
+    """What noise is for; two purposes never share a number."""
+
+    TARGET = 0  # the draw of the target's token at a position, whatever was drafted
+    VERIFY = 1  # coins and draws of the rules that weigh drafts
+    DRAFT = 2  # the draws of drafters
+
+
+def row_seeds(seed: Seed, batch_size: int) -> list[int]:
+    """One seed per row.
+
+    Args:
+        seed: for all rows; or one per row; or where to draw one from: a generator, or None for torch's default one.
+
+    Raises:
+        ValueError: another number of seeds than rows.
+    """
+    if seed is None or isinstance(seed, torch.Generator):
+        return [int(torch.randint(0, 2**63 - 1, (), generator=seed))] * batch_size
+    if isinstance(seed, int):
+        return [seed] * batch_size
+    if len(seed) != batch_size:
+        raise ValueError(f"seed must be one number, or one per row, {batch_size}, got {len(seed)}")
+    return list(seed)
+
+
+class Noise:
+    """The noise of the rows of one ``generate`` call.
+
+    A row's key is a hash of its seed and its prompt, without padding; rows with equal seed and prompt are numbered.
+    So a row's noise depends neither on the other rows nor on its place among them, and different prompts get
+    independent noise.
+    """
+
+    def __init__(self, seeds: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
+        keys, rows = [], []
+        seen: Counter[int] = Counter()
+        for seed, prompt in zip(seeds, prompts, strict=True):
+            digest = hashlib.blake2b((seed % 2**64).to_bytes(8, "little"), digest_size=8)
+            digest.update(np.ascontiguousarray(prompt, np.int32).tobytes())
+            key = int.from_bytes(digest.digest(), "little", signed=True)
+            keys.append(key)
+            rows.append(seen[key])
+            seen[key] += 1
+        self._keys, self._rows = torch.tensor(keys), torch.tensor(rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """The other rows have finished."""
+        self._keys, self._rows = self._keys[list(rows)], self._rows[list(rows)]
+
+    def at_positions(self, positions: Tensor) -> Tensor:
+        """For the draw of the target's token: f32[B, N, 2] from i64[B, N], index of the token in its text without
+        padding."""
+        nodes = torch.zeros_like(positions)
+        return ops.node_uniforms(self._keys, self._rows, positions.contiguous(), nodes, Purpose.TARGET)
+
+    def at_nodes(self, lengths: Tensor, count: int, purpose: Purpose) -> Tensor:
+        """For one round: f32[B, count, 2], given the i64[B] lengths of the texts, which no two rounds share."""
+        rounds = lengths[:, None].expand(-1, count).contiguous()
+        nodes = torch.arange(count).expand(len(lengths), -1).contiguous()
+        return ops.node_uniforms(self._keys, self._rows, rounds, nodes, purpose)
