@@ -191,7 +191,7 @@ def test_refuses():
         ops.verify_greedy(tokens[:, :0], child[:, :0].contiguous(), sibling[:, :0].contiguous(), logits[:, :0])
     with pytest.raises(RuntimeError, match=r"uniforms.size\(2\) must be 2"):
         ops.verify_sample(tokens, child, sibling, logits, u[..., :1], "match")
-    with pytest.raises(RuntimeError, match=r"temperature must be above 0, got 0"):
+    with pytest.raises(RuntimeError, match=r"temperature must be at least 1e-30, got 0"):
         ops.verify_sample(tokens, child, sibling, logits, u, "match", temperature=0.0)
     with pytest.raises(RuntimeError, match=r"threshold_single must lie in \(0, 1\], got 1.5"):
         ops.verify_sample(tokens, child, sibling, logits, u, "one_coin", threshold_single=1.5)
@@ -211,6 +211,15 @@ def test_refuses():
         ops.verify_sample(tokens, child, sibling, logits * torch.nan, u, "match")
     with pytest.raises(RuntimeError, match=r"logits\[0, 0\] must hold something above -inf"):
         ops.verify_sample(tokens, child, sibling, torch.full_like(logits, -torch.inf), u, "match")
+
+
+@pytest.mark.parametrize("value", [-1.0, 1.0, 5.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("rule", RULES)
+def test_uniforms_out_of_range_do_no_harm(rule, value):
+    batch = random_batch(rule, 6, B=8, V=1500)
+    batch.uniforms.fill_(value)
+    accepted, count, bonus = batch.run(rule)
+    assert (count >= 1).all() and (bonus >= 0).all() and (bonus < 1500).all() and (accepted[:, 0] == 0).all()
 
 
 def test_greedy_takes_the_lowest_of_equals():

@@ -124,13 +124,14 @@ double Residual::subtract(double accepted, int64_t token, bool replacement) {
 
 int64_t Residual::draw(float u) const {
   const double goal = u * mass_;
-  int64_t block = -1;
+  int64_t block = 0;
   double before = 0, share = 0;
-  for (size_t b = 0; b < sums_->mass.size() && before + share <= goal; ++b) {
+  for (size_t b = 0; b < sums_->mass.size(); ++b) {
     if (!(sums_->mass[b] > 0)) continue;
     before += share;
     share = sums_->mass[b];
     block = static_cast<int64_t>(b);
+    if (before + share > goal) break;
   }
   const double in_block = block_mass(block) * (goal - before) / share;
   const int64_t begin = block * kVocabBlock;

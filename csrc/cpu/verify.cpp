@@ -57,7 +57,7 @@ struct Batch {
     const int64_t V = logits.size(2);
     BW_CHECK(V >= 1 && V < (int64_t{1} << 31), op,
              ": logits must hold between 1 and 2^31 - 1 tokens, got shape ", shape_of(logits));
-    BW_CHECK(temperature > 0, op, ": temperature must be above 0, got ", temperature);
+    BW_CHECK(temperature >= 1e-30, op, ": temperature must be at least 1e-30, got ", temperature);
     if (uniforms != nullptr) {
       check_dim(op, "uniforms", *uniforms, 3, "[B, T, 2]");
       check_size(op, "uniforms", *uniforms, 0, B, "B");

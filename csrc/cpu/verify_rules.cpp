@@ -247,13 +247,18 @@ Verdict traversal(const VerifyRow& row, const VocabKernels& k, bool replacement)
     }
     // The child in turn is rejected; where it kept nothing, so is what hangs below it.
     Frame& parent = stack.back();
+    const int32_t rejected = parent.child;
+    parent.child = sibling(row, rejected);
+    // Rejections only lower what is kept: a coin that fails now fails without the pass, too.
+    const bool decided =
+        parent.child < 0 && stack.size() > 1 && accept_coin(row, parent.node) >= parent.accepted;
+    if (decided) continue;
     const double left =
-        reject(row, parent.law, parent.accepted, parent.node, parent.child, replacement);
+        reject(row, parent.law, parent.accepted, parent.node, rejected, replacement);
     if (left > 0)
       parent.accepted = left / (left + 1 - parent.accepted);
     else if (parent.accepted < 1)
       parent.accepted = 0;
-    parent.child = sibling(row, parent.child);
     // Nothing below a node that keeps nothing can be accepted.
     if (parent.accepted <= 0) parent.child = -1;
   }

@@ -69,6 +69,8 @@ void softmax(const LogitsRow& row, float* largest, float* sum) {
       const float shift = top == -kInf ? 0.f : top;
       f32v sums[kChains] = {};
       for_each_vector(count, [&](int c, int64_t i, int64_t n) {
+        // Lets memory work on the next block while this one is in the first cache level.
+        __builtin_prefetch(x + begin + i + kVocabBlock);
         const f32v v = n == kLanes ? load_wide(x + begin + i)
                                    : only_first(load_wide(x + begin + i, n), n, -kInf);
         sums[c] += exp2((v - shift) * row.scale);

@@ -13,7 +13,7 @@ All ops share these arguments and results:
         for each node with children the row of ``draft`` that they were drawn from. A child that its distribution
         cannot have drawn (probability 0, or drawn before, without replacement) is passed over with all below it.
     replacement: siblings were drawn independently (with replacement), or each from what the ones before left.
-    temperature: above 0.
+    temperature: at least 1e-30.
     ready: bool[B, T], logits of a node may be read. A row that needs another node returns ``num_accepted`` 0 and that
         node's id as ``bonus``; call again with more nodes ready and the same noise. None: all are ready.
 
