@@ -66,9 +66,10 @@ class Setup:
 
     def accepted_whole(self) -> None:
         """Makes the tokens the argmax and all draws fall on it, so that the walking rules accept a chain to its end."""
-        self.tokens[:, 1:] = self.logits.argmax(-1)[:, :-1]
+        top, token = self.logits.max(-1, keepdim=True)
+        self.tokens[:, 1:] = token[:, :-1, 0]
         self.uniforms[..., 0], self.uniforms[..., 1] = 0.0, 0.5
-        self.logits.scatter_(-1, self.logits.argmax(-1, keepdim=True), 40.0)
+        self.logits.scatter_(-1, token, top + 10)
 
     def tree(self):
         return self.tokens, *self.links, self.logits

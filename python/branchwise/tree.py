@@ -79,6 +79,15 @@ class RowTree:
         draft_index = None if self.draft_index is None else self.draft_index[keep]
         return RowTree(self.tokens[keep], parents, self.scores[keep], self.draft, draft_index)
 
+    def up_to_depth(self, limit: int) -> RowTree:
+        """Without the nodes more than ``limit`` levels below the root."""
+        if len(self) - 1 <= limit:
+            return self
+        depth = np.zeros(len(self), np.int64)
+        for node in range(1, len(self)):
+            depth[node] = depth[self.parents[node]] + 1
+        return self.only(depth <= max(limit, 0))
+
     def path(self, node: int) -> list[int]:
         """Tokens after the root down to ``node``."""
         tokens: list[int] = []

@@ -21,6 +21,7 @@ from ..drafters import Drafter, make_drafter
 from ..noise import Noise, Purpose, Seed, row_seeds
 from ..target import Target
 from ..tree import DrawKind, RowTree, TokenTree
+from .proposals import check_proposals
 from .request import callers_streamer, check_request, pad_and_stack, prompt_starts, row_processors
 from .stats import DecodeStats
 from .tree_size import CostModel, TreeSizer
@@ -199,8 +200,12 @@ class _Run:
     def round(self, session: Any) -> None:
         begun = time.perf_counter()
         budgets = [self.budget(i) for i in range(len(self.rows))]
-        trees = self.checked(session.propose(budgets), budgets)
-        trees = [self.shallow(tree, i) for i, tree in enumerate(trees)]
+        roots = [int(self.texts[row][0, self.lengths[row] - 1]) for row in self.rows]
+        vocabulary = self.model.config.get_text_config().vocab_size
+        trees = check_proposals(session.propose(budgets), budgets, roots, vocabulary, self.draws)
+        # Nodes that could not be emitted before max_length are not worth a forward.
+        depths = [self.max_length - self.lengths[row] - 1 for row in self.rows]
+        trees = [tree.up_to_depth(depth) for tree, depth in zip(trees, depths, strict=True)]
         if self.sizer is not None:
             trees = self.sizer.choose(trees)
         tree = TokenTree(trees, self.store.seq_lens, self.draws)
@@ -218,41 +223,6 @@ class _Run:
 
     def budget(self, i: int) -> int:
         return 1 if self.finished[i] else self.max_nodes
-
-    def checked(self, trees: Sequence[RowTree], budgets: list[int]) -> list[RowTree]:
-        """Proposals, held to the protocol: a drafter may guess wrong, but it must not change the text."""
-        if len(trees) != len(budgets):
-            raise ValueError(f"the drafter must propose one tree per row, {len(budgets)}, got {len(trees)}")
-        vocabulary = self.model.config.get_text_config().vocab_size
-        for tree, row in zip(trees, self.rows, strict=True):
-            last = int(self.texts[row][0, self.lengths[row] - 1])
-            if tree.tokens[0] != last:
-                raise ValueError(f"the drafter's root must be the row's last token {last}, got {tree.tokens[0]}")
-            if tree.tokens.min() < 0 or tree.tokens.max() >= vocabulary:
-                raise ValueError(
-                    f"the drafter's tokens must lie between 0 and {vocabulary - 1}, "
-                    f"got {tree.tokens.min()} to {tree.tokens.max()}"
-                )
-        if self.draws is DrawKind.DETERMINISTIC:
-            return [tree.first(budget) for tree, budget in zip(trees, budgets, strict=True)]
-        for tree, budget in zip(trees, budgets, strict=True):
-            if len(tree) > 1 and tree.draft is None:
-                raise ValueError(f"a drafter that draws {self.draws.value} must hand over what it drew from, as draft")
-            if tree.draft is not None and (tree.draft.dim() != 2 or tree.draft.shape[1] != vocabulary):
-                raise ValueError(f"draft must have shape [R, {vocabulary}], got {tuple(tree.draft.shape)}")
-            if len(tree) > budget:
-                raise ValueError(f"a drafter that draws must keep to its budget of {budget} nodes, got {len(tree)}")
-        return list(trees)
-
-    def shallow(self, tree: RowTree, i: int) -> RowTree:
-        """Without nodes that could not be emitted before ``max_length``."""
-        depth_limit = self.max_length - self.lengths[self.rows[i]] - 1
-        if len(tree) - 1 <= depth_limit:
-            return tree
-        depth = np.zeros(len(tree), np.int64)
-        for node in range(1, len(tree)):
-            depth[node] = depth[tree.parents[node]] + 1
-        return tree.only(depth <= max(depth_limit, 0))
 
     def forward(self, tokens: Tensor, positions: Tensor, tree_mask: Tensor | None, wanted: list[int] | None) -> Tensor:
         """Logits [B, T or len(wanted), V]; the new keys and values are in the store, uncommitted."""
