@@ -97,6 +97,16 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
   BW_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_of(t));
 }
 
+// One value per tree node.
+inline void check_nodes(const char* op, const char* name, const Tensor& t, int64_t B, int64_t T,
+                        ScalarType type) {
+  check_dim(op, name, t, 2, "[B, T]");
+  check_size(op, name, t, 0, B, "B");
+  check_size(op, name, t, 1, T, "T");
+  check_dtype(op, name, t, type);
+  check_contiguous(op, name, t);
+}
+
 // Arguments of merge_attention, on any device.
 inline void check_merge_args(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
                              const Tensor& lse_b) {

@@ -15,15 +15,6 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-void check_nodes(const char* op, const char* name, const Tensor& t, int64_t B, int64_t T,
-                 ScalarType type) {
-  check_dim(op, name, t, 2, "[B, T]");
-  check_size(op, name, t, 0, B, "B");
-  check_size(op, name, t, 1, T, "T");
-  check_dtype(op, name, t, type);
-  check_contiguous(op, name, t);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> build_tree(Tensor parents, Tensor seq_lens) {

@@ -19,15 +19,6 @@ namespace {
 using Verdicts = std::tuple<Tensor, Tensor, Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
-void check_nodes(const char* op, const char* name, const Tensor& t, int64_t B, int64_t T,
-                 ScalarType type) {
-  check_dim(op, name, t, 2, "[B, T]");
-  check_size(op, name, t, 0, B, "B");
-  check_size(op, name, t, 1, T, "T");
-  check_dtype(op, name, t, type);
-  check_contiguous(op, name, t);
-}
-
 template <typename T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

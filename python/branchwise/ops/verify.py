@@ -1,7 +1,26 @@
 """Verification: which path of a token tree is kept, and the token after it. Card tree-verify, rules A to J.
 
-All ops share these arguments and results:
+Only visited nodes are read, and no distribution is stored: see csrc/cpu/residual.h.
+"""
 
+from __future__ import annotations
+
+from inspect import cleandoc
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Verdict = tuple[Tensor, Tensor, Tensor]
+SampleRule = Literal["each_child", "one_coin", "match"]
+PolicyName = Literal["greedy_match", "surprisal", "probability_floor", "typical"]
+SAMPLE_RULES = {"each_child": 0, "one_coin": 1, "match": 2}
+POLICIES = {"greedy_match": 0, "surprisal": 1, "probability_floor": 2, "typical": 3}
+
+
+# Appended to the docstring of every verification op below.
+_SHARED = """\
+Args of all verification ops, as far as they take them:
     tokens: i64[B, T] token of each node; the root's is not read.
     next_token, next_sibling: i32[B, T] from :func:`branchwise.ops.build_tree`. The order of siblings is the order in
         which they were drawn.
@@ -17,28 +36,15 @@ All ops share these arguments and results:
     ready: bool[B, T], logits of a node may be read. A row that needs another node returns ``num_accepted`` 0 and that
         node's id as ``bonus``; call again with more nodes ready and the same noise. None: all are ready.
 
-    returns: accepted i32[B, T] node ids of the path, root first, padded with -1; num_accepted i32[B] >= 1, counting the
+Returns:
+    accepted i32[B, T] node ids of the path, root first, padded with -1; num_accepted i32[B] >= 1, counting the
         root; bonus i64[B], the token after the last accepted node.
 
-    raises RuntimeError: a wrong shape or dtype; a link that leads backwards or out of the tree; a token outside the
+Raises:
+    RuntimeError: a wrong shape or dtype; a link that leads backwards or out of the tree; a token outside the
         vocabulary; logits with NaN or +inf (greedy: ignored), or nothing above -inf; a draft that does not sum to 1, as
         far as it was read; an option outside its range.
-
-Only visited nodes are read, and no distribution is stored: see csrc/cpu/residual.h.
 """
-
-from __future__ import annotations
-
-from typing import Literal
-
-import torch
-from torch import Tensor
-
-Verdict = tuple[Tensor, Tensor, Tensor]
-SampleRule = Literal["each_child", "one_coin", "match"]
-PolicyName = Literal["greedy_match", "surprisal", "probability_floor", "typical"]
-SAMPLE_RULES = {"each_child": 0, "one_coin": 1, "match": 2}
-POLICIES = {"greedy_match": 0, "surprisal": 1, "probability_floor": 2, "typical": 3}
 
 
 def node_uniforms(seeds: Tensor, rows: Tensor, rounds: Tensor, nodes: Tensor, purpose: int) -> Tensor:
@@ -258,3 +264,15 @@ def _fake(tokens, next_token, *rest):
 
 for _op in ("greedy", "sample", "chain", "multi_draft", "block", "traversal", "typical", "policy"):
     torch.library.register_fake(f"branchwise::verify_{_op}", _fake)
+
+for _wrapper in (
+    verify_greedy,
+    verify_sample,
+    verify_chain,
+    verify_multi_draft,
+    verify_block,
+    verify_traversal,
+    verify_typical,
+    verify_policy,
+):
+    _wrapper.__doc__ = f"{cleandoc(_wrapper.__doc__ or '')}\n\n{_SHARED}"
