@@ -124,6 +124,21 @@ def test_rejected_with_no_residual_left(rule):
         assert path == [0] and bonus in (1, 2)
 
 
+@pytest.mark.parametrize("rule", ["without_replacement", "traversal_without", "with_replacement", "traversal_with"])
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
+def test_many_rejections_of_a_draft_close_to_the_target(rule, distance):
+    """Residuals of residuals lose all their digits; what is drawn must still be a token that the target allows."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(64, generator=g, dtype=torch.float64)
+    p[:20] = 0
+    q = p * (1 + distance * torch.randn(64, generator=g, dtype=torch.float64))
+    tokens = [0, *range(20, 60)]
+    for u in (1.0, 0.9999):
+        batch = one(tokens, [-1] + [0] * 40, (p / p.sum()).tolist(), (q / q.sum()).tolist(), [1.0, u])
+        path, bonus = verdict(batch, rule)
+        assert len(path) <= 2 and bonus >= 20
+
+
 @pytest.mark.parametrize("rule", DRAFTED)
 def test_a_child_that_cannot_have_been_drawn_is_passed_over(rule):
     path, bonus = verdict(one([0, 1], [-1, 0], [0.1, 0.8, 0.1], [0.5, 0.0, 0.5], [0.0, 0.5]), rule)

@@ -110,7 +110,7 @@ double Residual::subtract(double accepted, int64_t token, bool replacement) {
   weights_.target = static_cast<float>(weights_.target * shrink);
   recompute();
   const double left = mass_, q_left = total(sums_->q_mass), q_gone = q_gone_;
-  if (!(left <= kNoMass)) {
+  if (left > kNoMass && std::isfinite(left)) {
     q_mass_ = q_left;
     return left;
   }
