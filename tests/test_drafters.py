@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from branchwise.drafters import PromptLookup, Trie, make_drafter
+from branchwise.drafters import PromptLookup, Suffix, Trie, make_drafter
 
 
 def ids(*tokens):
@@ -45,8 +45,9 @@ def test_prompt_lookup_sees_its_own_output():
     assert [t.tokens.tolist() for t in session.propose([8])] == [[6]]
 
 
-def test_trie_rows_are_independent_and_outputs_are_shared():
-    trie = Trie()
+@pytest.mark.parametrize("kind", [Trie, Suffix])
+def test_rows_are_independent_and_outputs_are_shared(kind):
+    trie = kind()
     session = trie.begin([ids(1, 2, 3, 1, 2), ids(7, 8)], frozenset(), None)
     trees = session.propose([8, 8])
     assert trees[0].tokens.tolist()[:4] == [2, 3, 1, 2] and len(trees[1]) == 1
@@ -56,13 +57,33 @@ def test_trie_rows_are_independent_and_outputs_are_shared():
     session.close()
     assert propose(trie, [4]).tokens.tolist() == [4, 5, 6]  # what was said is remembered
     assert propose(trie, [1]).tokens.tolist() == [1]  # what was asked is not
-    assert propose(Trie(), [4]).tokens.tolist() == [4]  # nor is anything in another object
+    assert propose(kind(), [4]).tokens.tolist() == [4]  # nor is anything in another object
     assert propose(trie, [4], eos=[99]).tokens.tolist() == [4]  # nor under other EOS tokens
 
 
+def test_suffix_saves_and_loads_past_outputs(tmp_path):
+    suffix = Suffix()
+    for eos in ((), (7, 9)):
+        session = suffix.begin([ids(1), ids(2)], frozenset(eos), None)
+        session.observe([[3, 4, 5], [3, 6, 8 + len(eos)]])
+        session.close()
+    path = tmp_path / "outputs"
+    suffix.save(path)
+    other = Suffix()
+    other.load(path)
+    for eos in ((), (7, 9)):
+        for text in ([3], [4], [1, 3, 6]):
+            a, b = propose(suffix, text, eos=eos), propose(other, text, eos=eos)
+            assert a.tokens.tolist() == b.tokens.tolist() and len(a) > 1
+    path.write_bytes(b"not a file of arrays")
+    with pytest.raises(ValueError, match=r"path must name a file written by Suffix.save, got"):
+        other.load(path)
+
+
 def test_names_and_refusals():
+    assert isinstance(make_drafter("suffix"), Suffix)
     assert isinstance(make_drafter("trie"), Trie) and isinstance(make_drafter("prompt_lookup"), PromptLookup)
-    with pytest.raises(ValueError, match="one of prompt_lookup, trie, got 'magic'"):
+    with pytest.raises(ValueError, match="one of prompt_lookup, suffix, trie, got 'magic'"):
         make_drafter("magic")
     with pytest.raises(ValueError, match="max_ngram and num_tokens must be at least 1, got 0 and 10"):
         PromptLookup(max_ngram=0)

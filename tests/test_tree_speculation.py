@@ -56,7 +56,7 @@ def test_adversarial_cases(seed):
     assert torch.equal(plain, ours)
 
 
-@pytest.mark.parametrize("drafter", ["trie", "prompt_lookup"])
+@pytest.mark.parametrize("drafter", ["trie", "suffix", "prompt_lookup"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
 def test_named_drafters_cold_and_warm(name, drafter):
     model = tiny.model(name)

@@ -4,10 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "host/suffix_drafts.h"
 #include "host/token_trie.h"
 
 namespace py = pybind11;
 using branchwise::Draft;
+using branchwise::SuffixDrafts;
+using branchwise::SuffixOptions;
 using branchwise::TokenTrie;
 using branchwise::TrieOptions;
 
@@ -26,12 +29,52 @@ void check_flat(const char* name, const Tokens& tokens) {
                           std::to_string(tokens.ndim()) + " dimensions");
 }
 
+// begin, observe, propose and end: what every store of drafts has.
+template <typename Store>
+void bind_requests(py::class_<Store>& store) {
+  store
+      .def(
+          "begin",
+          [](Store& self, const Tokens& prompt) {
+            check_flat("prompt", prompt);
+            const int32_t* data = prompt.data();
+            const int64_t n = prompt.size();
+            py::gil_scoped_release release;
+            return self.begin(data, n);
+          },
+          py::arg("prompt"))
+      .def(
+          "observe",
+          [](Store& self, int64_t request, const Tokens& tokens) {
+            check_flat("tokens", tokens);
+            const int32_t* data = tokens.data();
+            const int64_t n = tokens.size();
+            py::gil_scoped_release release;
+            self.observe(request, data, n);
+          },
+          py::arg("request"), py::arg("tokens"))
+      .def(
+          "propose",
+          [](const Store& self, int64_t request, int32_t max_nodes) {
+            Draft draft;
+            {
+              py::gil_scoped_release release;
+              draft = self.propose(request, max_nodes);
+            }
+            return py::make_tuple(to_numpy(draft.tokens), to_numpy(draft.parents),
+                                  to_numpy(draft.scores));
+          },
+          py::arg("request"), py::arg("max_nodes"))
+      .def("end", &Store::end, py::arg("request"), py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side data structures of branchwise (no torch).";
-  py::class_<TokenTrie>(m, "TokenTrie")
-      .def(py::init([](std::vector<int32_t> eos, int32_t branch_length, int32_t query_length,
+  py::class_<TokenTrie> trie(m, "TokenTrie");
+  bind_requests(trie);
+  trie.def(py::init([](std::vector<int32_t> eos, int32_t branch_length, int32_t query_length,
                        float output_weight, int32_t max_nodes, int32_t max_output_nodes,
                        int32_t squeeze_after) {
              return std::make_unique<TokenTrie>(
@@ -42,40 +85,38 @@ PYBIND11_MODULE(_host, m) {
            py::kw_only(), py::arg("eos"), py::arg("branch_length"), py::arg("query_length"),
            py::arg("output_weight"), py::arg("max_nodes"), py::arg("max_output_nodes"),
            py::arg("squeeze_after"))
+      .def("counts", &TokenTrie::counts, py::arg("request"), py::arg("run"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_nodes", &TokenTrie::num_nodes);
+
+  py::class_<SuffixDrafts> suffix(m, "SuffixDrafts");
+  bind_requests(suffix);
+  suffix
+      .def(py::init([](std::vector<int32_t> eos, int32_t max_match, int32_t occurrences,
+                       float growth, float output_weight, float min_score, int64_t capacity) {
+             return std::make_unique<SuffixDrafts>(
+                 SuffixOptions{max_match, occurrences, growth, output_weight, min_score, capacity},
+                 std::move(eos));
+           }),
+           py::kw_only(), py::arg("eos"), py::arg("max_match"), py::arg("occurrences"),
+           py::arg("growth"), py::arg("output_weight"), py::arg("min_score"), py::arg("capacity"))
+      .def("outputs",
+           [](const SuffixDrafts& self) {
+             std::vector<int32_t> tokens;
+             {
+               py::gil_scoped_release release;
+               tokens = self.outputs();
+             }
+             return to_numpy(tokens);
+           })
       .def(
-          "begin",
-          [](TokenTrie& self, const Tokens& prompt) {
-            check_flat("prompt", prompt);
-            const int32_t* data = prompt.data();
-            const int64_t n = prompt.size();
-            py::gil_scoped_release release;
-            return self.begin(data, n);
-          },
-          py::arg("prompt"))
-      .def(
-          "observe",
-          [](TokenTrie& self, int64_t request, const Tokens& tokens) {
+          "add_outputs",
+          [](SuffixDrafts& self, const Tokens& tokens) {
             check_flat("tokens", tokens);
             const int32_t* data = tokens.data();
             const int64_t n = tokens.size();
             py::gil_scoped_release release;
-            self.observe(request, data, n);
+            self.add_outputs(data, n);
           },
-          py::arg("request"), py::arg("tokens"))
-      .def(
-          "propose",
-          [](const TokenTrie& self, int64_t request, int32_t max_nodes) {
-            Draft draft;
-            {
-              py::gil_scoped_release release;
-              draft = self.propose(request, max_nodes);
-            }
-            return py::make_tuple(to_numpy(draft.tokens), to_numpy(draft.parents),
-                                  to_numpy(draft.scores));
-          },
-          py::arg("request"), py::arg("max_nodes"))
-      .def("end", &TokenTrie::end, py::arg("request"), py::call_guard<py::gil_scoped_release>())
-      .def("counts", &TokenTrie::counts, py::arg("request"), py::arg("run"),
-           py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("num_nodes", &TokenTrie::num_nodes);
+          py::arg("tokens"));
 }

@@ -12,6 +12,8 @@
 #include <unordered_set>
 #include <vector>
 
+#include "host/draft.h"
+
 namespace branchwise {
 
 // Runs that start with one token. Nodes keep their index until squeeze().
@@ -46,12 +48,6 @@ struct TrieOptions {
   int32_t max_nodes = 65536;       // per first token: squeezed on the spot
   int32_t max_output_nodes = 512;  // per first token: squeezed when enough trees were touched
   int32_t squeeze_after = 1024;    // touched trees that make a squeeze worth while
-};
-
-struct Draft {
-  std::vector<int32_t> tokens;   // [0] is the root: the last context token
-  std::vector<int32_t> parents;  // parents[0] = -1, else an earlier node
-  std::vector<float> scores;  // estimated probability that the node's path is right; scores[0] = 1
 };
 
 class TokenTrie {

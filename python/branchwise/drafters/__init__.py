@@ -1,10 +1,12 @@
 """Where candidate trees come from, one file each."""
 
 from .base import Drafter, DraftSession
+from .candidates import Candidates
 from .prompt_lookup import PromptLookup
+from .suffix import Suffix
 from .trie import Trie
 
-BY_NAME = {"trie": Trie, "prompt_lookup": PromptLookup}
+BY_NAME = {"trie": Trie, "suffix": Suffix, "prompt_lookup": PromptLookup}
 
 
 def make_drafter(drafter: str | Drafter) -> Drafter:
@@ -16,4 +18,4 @@ def make_drafter(drafter: str | Drafter) -> Drafter:
     return BY_NAME[drafter]()
 
 
-__all__ = ["BY_NAME", "DraftSession", "Drafter", "PromptLookup", "Trie", "make_drafter"]
+__all__ = ["BY_NAME", "Candidates", "DraftSession", "Drafter", "PromptLookup", "Suffix", "Trie", "make_drafter"]

@@ -10,7 +10,8 @@ import numpy as np
 
 from .. import _host
 from ..noise import Noise
-from ..tree import DrawKind, RowTree
+from ..tree import DrawKind
+from .store import StoreSession
 
 
 class Trie:
@@ -55,35 +56,10 @@ class Trie:
         self._tries: dict[frozenset[int], _host.TokenTrie] = {}
         self._lock = threading.Lock()
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> TrieSession:
+    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> StoreSession:
         # Runs end at EOS, so models with other EOS tokens must not read each other's runs.
         with self._lock:
             if eos not in self._tries:
                 self._tries[eos] = _host.TokenTrie(eos=sorted(eos), **self._options)
             trie = self._tries[eos]
-        return TrieSession(trie, prompts)
-
-
-class TrieSession:
-    def __init__(self, trie: _host.TokenTrie, prompts: Sequence[np.ndarray]) -> None:
-        self._trie = trie
-        self._requests = [trie.begin(prompt) for prompt in prompts]
-
-    def propose(self, budgets: Sequence[int]) -> list[RowTree]:
-        return [
-            RowTree(*self._trie.propose(request, budget))
-            for request, budget in zip(self._requests, budgets, strict=True)
-        ]
-
-    def observe(self, emitted: Sequence[Sequence[int]]) -> None:
-        for request, tokens in zip(self._requests, emitted, strict=True):
-            self._trie.observe(request, np.asarray(tokens, np.int32))
-
-    def keep(self, rows: Sequence[int]) -> None:
-        kept = [self._requests[row] for row in rows]
-        for request in set(self._requests) - set(kept):
-            self._trie.end(request)
-        self._requests = kept
-
-    def close(self) -> None:
-        self.keep([])
+        return StoreSession(trie, prompts)
