@@ -6,10 +6,9 @@ answer is replayed: propose a tree within a budget of nodes, accept the path tha
 made anew.
 
 How to read: tokens per forward, the first token (the prompt's) left out; plain decoding has 1. Microseconds are the
-    mean
-of propose + observe per round, at a history that the prompt and answer make; --history puts that many random tokens
-in front. "lookup (transformers)" is prompt lookup with transformers' rule: two tokens at most, leftmost match, ten
-tokens.
+mean of propose + observe per round, at a history that the prompt and answer make; --history puts that many random
+tokens in front. "lookup (transformers)" is prompt lookup with transformers' rule: two tokens at most, leftmost match,
+ten tokens.
 
 Artefacts: with every node verified, larger budgets always accept more; what a node costs is not in here
     (bench/decode.py has it).

@@ -9,14 +9,13 @@ and the rule in eager torch, which softmaxes visited nodes only and walks in Pyt
 
 Part 2, acceptance (--trees). SmolLM2 in fp32 is the target, the same with its weights rounded to 4 bits (groups of
 32) the draft. Contexts are texts that the target sampled after the benchmark's prompts. At each, chains and trees of
-14 nodes are drawn
-or picked from the draft, and every rule verifies the same trees with 400 draws of noise: mean accepted nodes.
+14 nodes are drawn or picked from the draft, and every rule verifies the same trees with 400 draws of noise: mean
+accepted nodes.
 
 How to read: "x read" below 1 means the rule touched fewer rows than there are. Part 2 is tokens per forward minus one.
 
 Artefacts: eager torch and the ops get the same noise, but the eager rules are not held to the same rounding. Read
-    bandwidth
-moves on shared machines; compare columns of one run.
+bandwidth moves on shared machines; compare columns of one run.
 
 Reference result: see the README, and bench/results.
 """

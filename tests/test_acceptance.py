@@ -17,7 +17,7 @@ from branchwise.acceptance import (
     thresholds_lossy,
     typical_lossy,
 )
-from branchwise.target import Target
+from branchwise.target import _IGNORE_TEXT, Target
 
 V = 10
 DRAWN = [DrawKind.WITH_REPLACEMENT, DrawKind.WITHOUT_REPLACEMENT]
@@ -179,3 +179,24 @@ def test_drafts_of_rows_are_put_together_without_copies_where_shared():
         RowTree(np.int32([0]), np.int32([-1]), np.ones(1, np.float32), draft=own)
     with pytest.raises(ValueError, match="draft_index must have one entry per node, 1, got 2"):
         RowTree(np.int32([0]), np.int32([-1]), np.ones(1, np.float32), own, np.int32([0, 1]))
+
+
+def test_processors_that_ignore_the_text_work_row_by_row():
+    """What is called once for many nodes must give what a call per node gives."""
+    made = {
+        "EpsilonLogitsWarper": (0.05,),
+        "EtaLogitsWarper": (0.1,),
+        "MinPLogitsWarper": (0.1,),
+        "SuppressTokensLogitsProcessor": ([2, 5],),
+        "TemperatureLogitsWarper": (0.7,),
+        "TopHLogitsWarper": (0.5,),
+        "TopKLogitsWarper": (4,),
+        "TopPLogitsWarper": (0.8,),
+        "TypicalLogitsWarper": (0.7,),
+    }
+    scores = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)) * 3
+    for kind in _IGNORE_TEXT:
+        processor = kind(*made.get(kind.__name__, ()))
+        together = processor(torch.zeros(12, 1, dtype=torch.int64), scores.clone())
+        for row in range(12):
+            assert torch.equal(together[row], processor(torch.full((1, 7), row), scores[row : row + 1].clone())[0])

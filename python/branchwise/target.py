@@ -46,8 +46,7 @@ class Target:
 
     Processors are called in their order. Those that ignore the text see all wanted nodes in one call; the others see
     one node at a time, with the row's text and the node's own path behind it, parents before children. A rule that
-    walks
-    down from the root makes, per row, the calls of plain decoding: one per emitted token, in text order.
+    walks down from the root makes, per row, the calls of plain decoding: one per emitted token, in text order.
 
     Args:
         logits: [B, T, V] of the tree's nodes.

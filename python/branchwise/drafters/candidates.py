@@ -17,8 +17,7 @@ class Candidates:
     """Chains from transformers' candidate generators (assistant models, prompt lookup, your own), in batches, too.
 
     Logits that a generator hands over are not used, as some versions hand over others than they drew from:
-        verification is
-    by sample-and-match, which is exact whatever was proposed.
+    verification is by sample-and-match, which is exact whatever was proposed.
 
     Args:
         make: from a row's text so far, i64[1, n] without padding, the generator of that row; called when it is first
