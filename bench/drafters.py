@@ -11,7 +11,7 @@ tokens in front. "lookup (transformers)" is prompt lookup with transformers' rul
 ten tokens.
 
 Artefacts: with every node verified, larger budgets always accept more; what a node costs is not in here
-    (bench/decode.py has it).
+(bench/decode.py has it).
 
 Reference result: bench/results, and the README.
 """

@@ -16,15 +16,15 @@ from branchwise.demo import load_smollm2
 from branchwise.target import Target
 
 DRAWS = 400  # of noise per tree
-#: name: (children per level, how they are chosen, rules)
-SHAPES = {
-    "chain 14": ([1] * 14, DrawKind.WITH_REPLACEMENT, ["chain", "block"]),
-    "binary 2+4+8": ([2] * 3, DrawKind.WITH_REPLACEMENT, ["multi_draft", "traversal"]),
-    "binary 2+4+8 ": ([2] * 3, DrawKind.WITHOUT_REPLACEMENT, ["multi_draft", "traversal", "sample_and_match"]),
-    "binary 2+4+8  ": ([2] * 3, DrawKind.DETERMINISTIC, ["each_child", "sample_and_match"]),
-    "wide 5+5+4": ([5, 1, 1], DrawKind.WITHOUT_REPLACEMENT, ["multi_draft", "traversal"]),
-    "wide 5+5+4 ": ([5, 1, 1], DrawKind.DETERMINISTIC, ["each_child"]),
-}
+#: name, children per level, how they are chosen, rules
+SHAPES = [
+    ("chain 14", [1] * 14, DrawKind.WITH_REPLACEMENT, ["chain", "block"]),
+    ("binary 2+4+8", [2] * 3, DrawKind.WITH_REPLACEMENT, ["multi_draft", "traversal"]),
+    ("binary 2+4+8", [2] * 3, DrawKind.WITHOUT_REPLACEMENT, ["multi_draft", "traversal", "sample_and_match"]),
+    ("binary 2+4+8", [2] * 3, DrawKind.DETERMINISTIC, ["each_child", "sample_and_match"]),
+    ("wide 5+5+4", [5, 1, 1], DrawKind.WITHOUT_REPLACEMENT, ["multi_draft", "traversal"]),
+    ("wide 5+5+4", [5, 1, 1], DrawKind.DETERMINISTIC, ["each_child"]),
+]
 NODES = 14
 
 
@@ -116,27 +116,27 @@ def measure(count: int) -> list[dict[str, object]]:
     model, tokenizer = load_smollm2(torch.float32)
     draft, g = rounded_to_4_bits(model), torch.Generator().manual_seed(0)
     texts = contexts(model, tokenizer, count)
-    results: dict[tuple[str, str, float], list[float]] = {}
+    results: dict[tuple[str, DrawKind, str, float], list[float]] = {}
     with use_attention(model), use_attention(draft):
         for context in texts:
             target_runner, draft_runner = Runner(model, context), Runner(draft, context)
             for temperature in (0.6, 1.0):
-                for shape, (widths, draws, rules) in SHAPES.items():
+                for shape, widths, draws, rules in SHAPES:
                     row = draft_tree(draft_runner, int(context[-1]), widths, draws, temperature, g)
                     logits = target_runner.logits(row)
                     for name in rules:
                         rule = acceptance.RULES[name]
                         mean = mean_accepted(rule, row, draws, logits, temperature, g)
-                        results.setdefault((shape, name, temperature), []).append(mean)
+                        results.setdefault((shape, draws, name, temperature), []).append(mean)
     print(f"\n{len(texts)} contexts, {NODES} nodes\n{'shape':16}{'drawn':22}{'rule':18}{'T=0.6':>8}{'T=1.0':>8}")
     rows: list[dict[str, object]] = []
-    for shape, (_, draws, rules) in SHAPES.items():
+    for shape, _, draws, rules in SHAPES:
         for name in rules:
-            cool, warm = (float(np.mean(results[shape, name, t])) for t in (0.6, 1.0))
-            print(f"{shape.strip():16}{draws.value:22}{name:18}{cool:8.2f}{warm:8.2f}")
+            cool, warm = (float(np.mean(results[shape, draws, name, t])) for t in (0.6, 1.0))
+            print(f"{shape:16}{draws.value:22}{name:18}{cool:8.2f}{warm:8.2f}")
             rows.append(
                 {
-                    "shape": shape.strip(),
+                    "shape": shape,
                     "draws": draws.value,
                     "rule": name,
                     "contexts": len(texts),
