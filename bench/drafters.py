@@ -29,7 +29,7 @@ import branchwise as bw
 import facts
 import prompts
 from branchwise.demo import load_smollm2
-from branchwise.drafters import Drafter, PromptLookup, Suffix, Trie
+from branchwise.drafters import Drafter, DraftRequest, PromptLookup, Suffix, Trie, Verified
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "lookup (transformers)": lambda: PromptLookup(max_ngram=2, num_tokens=10, match="first"),
@@ -61,8 +61,8 @@ def record(kinds: dict[str, list[str]], new_tokens: int) -> dict[str, list[tuple
 
 def replay(drafter: Drafter, prompt: np.ndarray, answer: np.ndarray, budget: int) -> tuple[int, float]:
     """Rounds until the answer is said, and seconds spent in the drafter."""
-    session = drafter.begin([prompt], frozenset({2}), None)
-    session.observe([[int(answer[0])]])
+    session = drafter.begin(DraftRequest([prompt], frozenset({2})))
+    session.observe(Verified([[int(answer[0])]]))
     said, rounds, spent = 1, 0, 0.0
     while said < len(answer):
         begun = time.perf_counter()
@@ -77,7 +77,7 @@ def replay(drafter: Drafter, prompt: np.ndarray, answer: np.ndarray, budget: int
             accepted += 1
         emitted = answer[said : said + accepted + 1]
         begun = time.perf_counter()
-        session.observe([emitted.tolist()])
+        session.observe(Verified([emitted.tolist()]))
         spent += time.perf_counter() - begun
         said += len(emitted)
         rounds += 1

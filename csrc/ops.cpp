@@ -51,6 +51,9 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "uniforms, int policy, float threshold, float alpha, int top_k, bool first_only, float "
       "temperature=1., Tensor? ready=None) -> (Tensor, Tensor, Tensor)");
 
+  // Drafting
+  m.def("top_tokens(Tensor logits, int k, Tensor? exclude=None) -> (Tensor, Tensor)");
+
   // KV storage
   m.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor "

@@ -18,6 +18,7 @@ class Case:
     D: int = 64
     prefix: int = 300  # longest P; rows get different lengths up to it
     tree: bool = True  # False: causal
+    before: int = 0  # nodes of the tree that lie in the cache already, before the T new ones
     page_size: int = 0  # 0: contiguous
     window: int = 0
     sinks: bool = False
@@ -27,7 +28,8 @@ class Case:
 
     def __str__(self):
         name = f"B{self.B}-{self.Hq}/{self.Hkv}x{self.D}-T{self.T}-P{self.prefix}-{'tree' if self.tree else 'causal'}"
-        options = {"page": self.page_size, "win": self.window, "sinks": self.sinks, "cap": self.softcap}
+        options = {"before": self.before, "page": self.page_size, "win": self.window}
+        options |= {"sinks": self.sinks, "cap": self.softcap}
         return name + "".join(f"-{key}{value}" for key, value in options.items() if value)
 
 
@@ -88,6 +90,16 @@ CASES = [
     Case(page_size=16, T=30, B=3),
     Case(page_size=1, T=6, B=2),
     Case(page_size=7, T=70, B=2, window=50, sinks=True, softcap=5.0),
+    # trees that grow: the queries are the last nodes
+    Case(T=1, before=1, Hq=2, Hkv=2),
+    Case(T=1, before=70, Hq=8, Hkv=1, B=2, window=30),
+    Case(T=8, before=25, B=3, prefix=100),
+    Case(T=8, before=120, Hq=9, Hkv=3, page_size=16, sinks=True),
+    Case(T=40, before=64, B=2, prefix=0),
+    Case(T=200, before=300, Hq=4, Hkv=1, window=50, prefix=90),
+    # few heads and a short row: smaller blocks
+    Case(T=64, Hq=4, Hkv=1, D=256, prefix=128),
+    Case(T=256, Hq=3, Hkv=1, prefix=0, tree=False),
     Case(large=100.0, T=20),
     Case(large=100.0, T=1, softcap=20.0),
 ]
@@ -116,7 +128,8 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     seq_lens = torch.randint(case.prefix // 2, case.prefix + 1, (B,), generator=g, dtype=torch.int32)
     seq_lens[0] = case.prefix
     query = (torch.randn(B, T, Hq, D, generator=g) * case.large).to(dtype).transpose(1, 2)  # as models pass it
-    S = case.prefix + T
+    N = case.before + T
+    S = case.prefix + N
     page_table = None
     if case.page_size:
         per_row = -(-S // case.page_size)
@@ -125,7 +138,7 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     else:
         shape = (B, Hkv, S + 3, D)
     key, value = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
-    mask = ops.build_tree(random_parents(B, T, g), seq_lens)[0] if case.tree else None
+    mask = ops.build_tree(random_parents(B, N, g), seq_lens)[0] if case.tree else None
     options = {
         "page_table": page_table,
         "scale": case.scale,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from branchwise.drafters import Needs
 from branchwise.noise import Purpose
 from branchwise.tree import DrawKind, RowTree
 
@@ -14,11 +15,14 @@ _LAWS = {}  # by model and text, for tests with many equal rows and few models
 class ModelDrafter:
     """``width`` children per node, ``depth`` levels, drawn from ``model`` at ``temperature``, never EOS."""
 
+    needs = Needs.NOTHING
+
     def __init__(self, model, draws, width=2, depth=2, temperature=1.0):
         self.model, self.draws, self.width, self.depth, self.temperature = model, draws, width, depth, temperature
 
-    def begin(self, prompts, eos, noise):
-        self.texts, self.noise, self.eos = [p.tolist() for p in prompts], noise, sorted(eos)
+    def begin(self, request):
+        self.texts, self.noise = [p.tolist() for p in request.prompts], request.noise
+        self.eos = sorted(request.eos)
         return self
 
     def propose(self, budgets):
@@ -63,8 +67,8 @@ class ModelDrafter:
             np.int32(index) if laws else None,
         )
 
-    def observe(self, emitted):
-        for text, tokens in zip(self.texts, emitted, strict=True):
+    def observe(self, verified):
+        for text, tokens in zip(self.texts, verified.emitted, strict=True):
             text += tokens
 
     def keep(self, rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from branchwise.drafters import Needs
 from branchwise.tree import DrawKind, RowTree
 
 
@@ -13,16 +14,16 @@ class RandomTrees:
     ``truth``: per row, the tokens that plain decoding emits, so that deep paths get accepted, too.
     """
 
-    draws = DrawKind.DETERMINISTIC
+    draws, needs = DrawKind.DETERMINISTIC, Needs.NOTHING
 
     def __init__(self, truth, seed=0, luck=0.7, vocabulary=128, forbid=()):
         self.truth, self.rng, self.luck = truth, np.random.default_rng(seed), luck
         self.vocabulary, self.forbid = vocabulary, forbid
 
-    def begin(self, prompts, eos, noise):
-        self.last = [int(p[-1]) for p in prompts]
-        self.done = [0] * len(prompts)
-        self.rows = list(range(len(prompts)))
+    def begin(self, request):
+        self.last = [int(p[-1]) for p in request.prompts]
+        self.done = [0] * len(self.last)
+        self.rows = list(range(len(self.last)))
         self.proposed = 0
         return self
 
@@ -51,8 +52,8 @@ class RandomTrees:
             scores[node] = scores[parents[node]] * 0.9
         return RowTree(np.array(tokens, np.int32), np.array(parents, np.int32), scores)
 
-    def observe(self, emitted):
-        for i, tokens in enumerate(emitted):
+    def observe(self, verified):
+        for i, tokens in enumerate(verified.emitted):
             self.done[i] += len(tokens)
             if tokens:
                 self.last[i] = tokens[-1]

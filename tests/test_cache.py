@@ -78,7 +78,7 @@ def test_forgetting_to_reserve_is_refused():
     store = KVStore(1, capacity=64)
     append(store, 60)
     store.advance(counts(60))
-    with pytest.raises(RuntimeError, match="seq_lens\\[0\\] = 60 plus T = 5"):
+    with pytest.raises(RuntimeError, match="seq_lens\\[0\\] = 60 plus 5 new slots"):
         store.update(torch.zeros(1, 2, 5, 32), torch.zeros(1, 2, 5, 32), 0)
     with pytest.raises(ValueError, match="batch_size and capacity must be at least 1, got 0 and 64"):
         KVStore(0)

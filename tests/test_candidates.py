@@ -9,7 +9,7 @@ from transformers.generation import candidate_generator as hf
 
 import branchwise as bw
 import tiny
-from branchwise.drafters import Candidates, PromptLookup
+from branchwise.drafters import Candidates, DraftRequest, PromptLookup
 from test_sampling import run
 
 
@@ -33,8 +33,8 @@ def test_proposes_what_the_generator_does():
     rng = np.random.default_rng(0)
     for _ in range(50):
         prompt = rng.integers(3, 7, rng.integers(3, 30)).astype(np.int32)
-        ours = PromptLookup(2, 5, match="first").begin([prompt], frozenset(), None).propose([4])[0]
-        theirs = Candidates(lookup).begin([prompt], frozenset(), None).propose([4])[0]
+        ours = PromptLookup(2, 5, match="first").begin(DraftRequest([prompt])).propose([4])[0]
+        theirs = Candidates(lookup).begin(DraftRequest([prompt])).propose([4])[0]
         assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.parents.tolist() == theirs.parents.tolist()
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from branchwise.drafters import PromptLookup, Suffix, Trie, make_drafter
+from branchwise.drafters import DraftRequest, PromptLookup, Suffix, Trie, Verified, make_drafter
 
 
 def ids(*tokens):
@@ -11,7 +11,7 @@ def ids(*tokens):
 
 
 def propose(drafter, prompt, budget=16, eos=()):
-    (tree,) = drafter.begin([ids(*prompt)], frozenset(eos), None).propose([budget])
+    (tree,) = drafter.begin(DraftRequest([ids(*prompt)], frozenset(eos))).propose([budget])
     return tree
 
 
@@ -37,8 +37,8 @@ def test_prompt_lookup_stops_at_eos_and_budget():
 
 
 def test_prompt_lookup_sees_its_own_output():
-    session = PromptLookup().begin([ids(1), ids(5, 6)], frozenset(), None)
-    session.observe([[2, 3, 1], []])
+    session = PromptLookup().begin(DraftRequest([ids(1), ids(5, 6)]))
+    session.observe(Verified([[2, 3, 1], []]))
     trees = session.propose([8, 8])
     assert trees[0].tokens.tolist() == [1, 2, 3, 1] and trees[1].tokens.tolist() == [6]
     session.keep([1])
@@ -48,10 +48,10 @@ def test_prompt_lookup_sees_its_own_output():
 @pytest.mark.parametrize("kind", [Trie, Suffix])
 def test_rows_are_independent_and_outputs_are_shared(kind):
     trie = kind()
-    session = trie.begin([ids(1, 2, 3, 1, 2), ids(7, 8)], frozenset(), None)
+    session = trie.begin(DraftRequest([ids(1, 2, 3, 1, 2), ids(7, 8)]))
     trees = session.propose([8, 8])
     assert trees[0].tokens.tolist()[:4] == [2, 3, 1, 2] and len(trees[1]) == 1
-    session.observe([[3], [4, 5, 6]])
+    session.observe(Verified([[3], [4, 5, 6]]))
     session.keep([1])
     assert session.propose([8])[0].tokens.tolist() == [6]
     session.close()
@@ -64,8 +64,8 @@ def test_rows_are_independent_and_outputs_are_shared(kind):
 def test_suffix_saves_and_loads_past_outputs(tmp_path):
     suffix = Suffix()
     for eos in ((), (7, 9)):
-        session = suffix.begin([ids(1), ids(2)], frozenset(eos), None)
-        session.observe([[3, 4, 5], [3, 6, 8 + len(eos)]])
+        session = suffix.begin(DraftRequest([ids(1), ids(2)], frozenset(eos)))
+        session.observe(Verified([[3, 4, 5], [3, 6, 8 + len(eos)]]))
         session.close()
     path = tmp_path / "outputs"
     suffix.save(path)
@@ -83,7 +83,7 @@ def test_suffix_saves_and_loads_past_outputs(tmp_path):
 def test_names_and_refusals():
     assert isinstance(make_drafter("suffix"), Suffix)
     assert isinstance(make_drafter("trie"), Trie) and isinstance(make_drafter("prompt_lookup"), PromptLookup)
-    with pytest.raises(ValueError, match="one of prompt_lookup, suffix, trie, got 'magic'"):
+    with pytest.raises(ValueError, match="suffix, token_recycling, trie, got 'magic'"):
         make_drafter("magic")
     with pytest.raises(ValueError, match="max_ngram and num_tokens must be at least 1, got 0 and 10"):
         PromptLookup(max_ngram=0)

@@ -38,6 +38,8 @@ SPLIT_CASES = [
     Case(B=2, T=1, Hq=8, Hkv=2, D=128, prefix=3000),
     Case(B=3, Hq=9, Hkv=3, T=17, prefix=900),
     Case(B=1, Hq=4, Hkv=1, T=200, prefix=1500, sinks=True, window=700),
+    Case(B=2, Hq=4, Hkv=1, T=20, before=60, prefix=700),
+    Case(B=2, Hq=4, Hkv=1, T=32, prefix=100),
 ]
 
 
@@ -105,14 +107,18 @@ def test_strided_and_unaligned_caches(T, dtype, isa):
     assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
 
 
-def test_chain_mask_equals_causal():
-    inputs = attention_cases.make(Case(B=2, T=70, tree=False, window=33), torch.float32)
+@pytest.mark.parametrize("window", [0, 33])
+def test_chain_mask_equals_causal(window):
+    inputs = attention_cases.make(Case(B=2, T=70, tree=False), torch.float32)
     query, key, value, seq_lens, _ = inputs.args
     parents = torch.arange(-1, 69, dtype=torch.int32).expand(2, 70).contiguous()
     mask = ops.build_tree(parents, seq_lens)[0]
-    causal = ops.tree_attention(*inputs.args, window=33)
-    tree = ops.tree_attention(query, key, value, seq_lens, mask, window=33)
-    assert torch.equal(causal[0], tree[0])
+    causal = ops.tree_attention(*inputs.args, window=window)
+    tree = ops.tree_attention(query, key, value, seq_lens, mask, window=window)
+    if window == 0:
+        assert torch.equal(causal[0], tree[0])
+    else:  # blocks of a causal prompt begin at the window of their own first token, so sums differ in order
+        torch.testing.assert_close(causal[0], tree[0], atol=1e-6, rtol=1e-6)
 
 
 def test_reads_nothing_behind_the_tokens():
@@ -160,12 +166,14 @@ def bad_calls():
     yield "query heads Hq = 4 must be a multiple", lambda: call(key_cache=torch.zeros(2, 3, 26, 64))
     yield "head dim between 1 and 512", lambda: call(query=torch.zeros(2, 4, 3, 513))
     yield "seq_lens must be int32, got int64", lambda: call(seq_lens=torch.tensor([3, 4]))
-    yield "seq_lens\\[1\\] = 100 plus T = 3", lambda: call(seq_lens=torch.tensor([3, 100], dtype=torch.int32))
+    yield "seq_lens\\[1\\] = 100 plus 3 new", lambda: call(seq_lens=torch.tensor([3, 100], dtype=torch.int32))
     yield "seq_lens\\[0\\] = -1", lambda: call(seq_lens=torch.tensor([-1, 5], dtype=torch.int32))
     yield "tree_mask.size\\(2\\) must be ceil", lambda: call(tree_mask=torch.zeros(2, 3, 2, dtype=torch.int64))
     yield "tree_mask must be int64", lambda: call(tree_mask=torch.zeros(2, 3, 1, dtype=torch.int32))
     yield "bit above its own node", lambda: call(tree_mask=high_bit)
     yield "lacks its own bit", lambda: call(tree_mask=torch.zeros(2, 3, 1, dtype=torch.int64))
+    yield "tree_mask.size\\(1\\) = 2 must be at least T = 3", lambda: call(tree_mask=high_bit[:, :2])
+    yield "plus 40 new slots", lambda: call(tree_mask=torch.zeros(2, 40, 1, dtype=torch.int64))
     yield "window must be 0", lambda: call(window=-1)
     yield "softcap must be 0", lambda: call(softcap=-2.0)
     yield "sinks.size\\(0\\) must be Hq = 4", lambda: call(sinks=torch.zeros(3))

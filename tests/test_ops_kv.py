@@ -106,7 +106,7 @@ def test_append_kv_refuses_and_writes_nothing():
     (k, v), _ = caches(2, 2, 32, 20, torch.float32)
     before = k.clone()
     new = torch.randn(2, 2, 4, 32)
-    with pytest.raises(RuntimeError, match=r"seq_lens\[1\] = 17 plus T = 4"):
+    with pytest.raises(RuntimeError, match=r"seq_lens\[1\] = 17 plus 4 new slots"):
         ops.append_kv(new, new, k, v, i32(0, 17))
     with pytest.raises(RuntimeError, match=r"value_cache must be float32, got bfloat16"):
         ops.append_kv(new, new, k, v.bfloat16(), i32(0, 1))

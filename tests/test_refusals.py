@@ -30,7 +30,7 @@ def bad_requests():
         call(mask=torch.tensor([[1] * ids.shape[1], [0] * ids.shape[1]])),
     )
     yield "max_nodes must lie between 1 and 1024, got 0", lambda: bw.TreeSpeculation(max_nodes=0)
-    yield "one of prompt_lookup, suffix, trie, got 'x'", lambda: bw.TreeSpeculation("x")
+    yield "suffix, token_recycling, trie, got 'x'", lambda: bw.TreeSpeculation("x")
 
 
 @pytest.mark.filterwarnings("ignore:`return_dict_in_generate`")

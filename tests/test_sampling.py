@@ -12,6 +12,7 @@ from transformers.generation import logits_process
 import branchwise as bw
 import tiny
 from branchwise import DrawKind, acceptance
+from branchwise.drafters import Model
 from branchwise.noise import Noise, row_seeds
 from chi_square import chi_square
 from model_drafter import ModelDrafter
@@ -135,6 +136,9 @@ COMBINATIONS = [
     ("drawn chain", "chain"),
     ("drawn chain", "block"),
     ("drawn chain", None),
+    ("model", None),
+    ("model that draws", None),
+    ("model that draws", "multi_draft"),
 ]
 
 
@@ -156,6 +160,10 @@ def small(name):
 def make_drafter(name):
     if name == "random":
         return RandomTrees([[3, 5, 7]] * ROWS, luck=0.8, vocabulary=VOCABULARY)
+    if name == "model":
+        return Model(small("mistral"), width=2, min_score=0.0)
+    if name == "model that draws":
+        return Model(small("mistral"), width=3, depth=3, draws="without_replacement")
     if name == "drawn chain":
         return ModelDrafter(small("mistral"), WITH, width=1, depth=3)
     if name.startswith("drawn"):
@@ -198,7 +206,7 @@ def test_histograms_of_generated_texts(name, rule):
     assert statistic < limit
     if name not in ("plain sampler", "trie", "suffix", "prompt_lookup"):
         assert decoder.stats.accepted > ROWS / 10
-    drawn = name.startswith("drawn")
+    drawn = "draw" in name
     if name != "plain sampler" and rule is None:
         assert decoder.stats.rule == ("traversal" if drawn else "sample_and_match")
 

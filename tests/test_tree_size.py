@@ -24,7 +24,7 @@ def test_learns_cost_and_chance():
     sizer = trained(lambda n: 1 + 0.02 * n, 0.1)
     sizes = np.array([1, 4, 16, 32])
     assert np.allclose(sizer.cost.seconds(sizes), 0.03 * (1 + 0.02 * sizes), rtol=0.1)
-    assert abs(sizer.chances(np.array([0.5]))[0] - 0.1) < 0.05
+    assert abs(sizer.calibration.chances(np.array([0.5]))[0] - 0.1) < 0.05
 
 
 def test_verifies_much_when_nodes_are_cheap_and_nothing_when_they_are_dear():

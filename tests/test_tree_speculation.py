@@ -226,9 +226,9 @@ def test_the_kv_store_equals_a_fresh_prefill(name):
 
 
 def test_long_prompts_are_prefilled_in_chunks(monkeypatch):
-    from branchwise.decoding import tree_speculation
+    from branchwise import forward
 
-    monkeypatch.setattr(tree_speculation, "_PREFILL_CHUNK", 7)
+    monkeypatch.setattr(forward, "_CHUNK", 7)
     for name in ("llama", "gemma3"):
         ids, mask = tiny.prompts(4, 27)
         plain, ours, _ = both(tiny.model(name), ids, mask)

@@ -17,6 +17,8 @@
 namespace branchwise {
 namespace {
 
+constexpr int64_t kMinSplit = 4 * kKeyTile;  // slots: less is not worth a merge
+
 // A thread's buffer of at least so many floats. Kept between calls: fresh pages from the system can
 // cost more than the attention of a decode step.
 class Buffer {
@@ -66,21 +68,21 @@ void run_guided(int64_t items, int64_t scratch, bool serial, const F& f) {
 }
 
 // The depth of every node, from its ancestor bits; also refuses masks that the kernel must not see.
-std::vector<int32_t> checked_depths(const int64_t* mask, int64_t B, int64_t T, int64_t W) {
-  std::vector<int32_t> depths(B * T);
-  for (int64_t i = 0; i < B * T; ++i) {
-    const int64_t node = i % T;
+std::vector<int32_t> checked_depths(const int64_t* mask, int64_t B, int64_t N, int64_t W) {
+  std::vector<int32_t> depths(B * N);
+  for (int64_t i = 0; i < B * N; ++i) {
+    const int64_t node = i % N;
     int32_t seen = 0;
     for (int64_t w = 0; w < W; ++w) {
       const uint64_t word = static_cast<uint64_t>(mask[i * W + w]);
       const int64_t valid = std::clamp<int64_t>(node + 1 - w * 64, 0, 64);
       const uint64_t allowed = valid == 64 ? ~uint64_t{0} : (uint64_t{1} << valid) - 1;
-      BW_CHECK((word & ~allowed) == 0, "tree_attention: tree_mask[", i / T, ", ", node,
+      BW_CHECK((word & ~allowed) == 0, "tree_attention: tree_mask[", i / N, ", ", node,
                "] has a bit above its own node; a node sees only itself and nodes before it");
       seen += __builtin_popcountll(word);
     }
     BW_CHECK(static_cast<uint64_t>(mask[i * W + node / 64]) >> (node % 64) & 1,
-             "tree_attention: tree_mask[", i / T, ", ", node,
+             "tree_attention: tree_mask[", i / N, ", ", node,
              "] lacks its own bit; a node must see itself");
     depths[i] = seen - 1;
   }
@@ -116,22 +118,27 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
   BW_CHECK(softcap >= 0 && std::isfinite(softcap), op,
            ": softcap must be 0 (none) or positive, got ", softcap);
+  int64_t N = T;
+  if (tree_mask) {
+    check_dim(op, "tree_mask", *tree_mask, 3, "[B, N, W]");
+    N = tree_mask->size(1);
+    BW_CHECK(N >= T, op, ": tree_mask.size(1) = ", N, " must be at least T = ", T,
+             ": the T new tokens are the last of its nodes");
+  }
   const int32_t* lens = check_seq_lens(
-      op, seq_lens, B, T, {shape.Hkv, D, std::min(shape.capacity, value_shape.capacity)},
+      op, seq_lens, B, N, {shape.Hkv, D, std::min(shape.capacity, value_shape.capacity)},
       key_cache.size(0), page_table);
 
   AttentionArgs args{};
   std::vector<int32_t> depths;
   if (tree_mask) {
-    check_dim(op, "tree_mask", *tree_mask, 3, "[B, T, W]");
     check_dtype(op, "tree_mask", *tree_mask, ScalarType::Long);
     check_contiguous(op, "tree_mask", *tree_mask);
     check_size(op, "tree_mask", *tree_mask, 0, B, "B");
-    check_size(op, "tree_mask", *tree_mask, 1, T, "T");
-    args.W = (T + 63) / 64;
-    check_size(op, "tree_mask", *tree_mask, 2, args.W, "ceil(T / 64)");
+    args.W = (N + 63) / 64;
+    check_size(op, "tree_mask", *tree_mask, 2, args.W, "ceil(N / 64)");
     args.tree_mask = static_cast<const int64_t*>(tree_mask->const_data_ptr());
-    depths = checked_depths(args.tree_mask, B, T, args.W);
+    depths = checked_depths(args.tree_mask, B, N, args.W);
     args.depths = depths.data();
   }
   if (sinks) {
@@ -159,6 +166,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   args.Hq = Hq;
   args.Hkv = shape.Hkv;
   args.T = T;
+  args.N = N;
   args.D = D;
   args.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(D)));
   args.softcap = static_cast<float>(softcap);
@@ -167,22 +175,27 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot, and
   // begin at its first one's window. The split size depends on the row's own length and the shapes
   // only: about 64 units per row keep many threads busy, and a long prompt, with blocks enough, is
-  // not split at all.
+  // not split at all. A row too short to be split is cut into smaller blocks where its heads alone
+  // would not keep threads busy.
   const int64_t G = Hq / shape.Hkv;
-  const int64_t tokens_per_block = std::max<int64_t>(1, kMaxRowBlock / G);
-  const int64_t lanes_of_work = shape.Hkv * ((T + tokens_per_block - 1) / tokens_per_block);
+  const int64_t large_block = std::max<int64_t>(1, kMaxRowBlock / G);
+  const int64_t quarter = (T * shape.Hkv + 3) / 4, least = (3 * kRowPad + G - 1) / G;
+  const int64_t small_block = std::min(large_block, std::max(quarter, least));
   std::vector<AttentionUnit> units;
   std::vector<int64_t> first_unit;            // of each block; the last entry ends the list
   std::vector<int64_t> block_of, partial_at;  // of each unit
   int64_t floats = 0, slots_read = 0;
   for (int64_t b = 0; b < B; ++b) {
+    const int64_t tokens_per_block = lens[b] + N <= kMinSplit ? small_block : large_block;
+    const int64_t lanes_of_work = shape.Hkv * ((T + tokens_per_block - 1) / tokens_per_block);
     for (int64_t h = 0; h < shape.Hkv; ++h)
       for (int64_t t = 0; t < T; t += tokens_per_block) {
-        const int64_t end_token = std::min(T, t + tokens_per_block), slots = lens[b] + end_token;
+        const int64_t end_token = std::min(T, t + tokens_per_block);
+        const int64_t slots = lens[b] + N - T + end_token;
         const int64_t low = window == 0 ? 0 : lens[b] + (tree_mask ? 0 : t) - window + 1;
         const int64_t first = std::max<int64_t>(0, low) / kKeyTile * kKeyTile;
         const int64_t even = (slots - first) * lanes_of_work / 64 / kKeyTile * kKeyTile;
-        const int64_t split = std::max(even, 4 * kKeyTile);
+        const int64_t split = std::max(even, kMinSplit);
         first_unit.push_back(static_cast<int64_t>(units.size()));
         slots_read += slots - first;
         for (int64_t s = first; s < slots; s += split) {
@@ -204,7 +217,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
     unfinished[i] = first_unit[i + 1] - first_unit[i];
 
   const AttentionKernels& k = BW_KERNELS(attention_kernels);
-  const int64_t block_rows = std::min(T, tokens_per_block) * G;
+  const int64_t block_rows = std::min(T, large_block) * G;
   // A short prefix is less work than waking the threads.
   const bool serial = slots_read * D * (block_rows + 4) < (1 << 18);
   const int64_t scratch = scratch_floats(block_rows, D);

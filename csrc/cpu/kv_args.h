@@ -52,7 +52,8 @@ inline const int32_t* check_seq_lens(const char* op, const Tensor& seq_lens, int
   const int32_t* lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   for (int64_t b = 0; b < B; ++b) {
     BW_CHECK(lens[b] >= 0 && lens[b] + T <= shape.capacity, op, ": seq_lens[", b, "] = ", lens[b],
-             " plus T = ", T, " must lie between 0 and the cache's ", shape.capacity, " slots");
+             " plus ", T, " new slots must lie between 0 and the cache's ", shape.capacity,
+             " slots");
     if (!page_table) continue;
     const int32_t* table =
         static_cast<const int32_t*>(page_table->const_data_ptr()) + b * page_table->stride(0);

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import ops
+from .tree import TokenTree
 
 NAME = "branchwise"
 # Layer types whose mask the kernels express: the prefix, a window by position, and the tree.
@@ -27,7 +29,8 @@ class AttentionPlan:
     """What one forward tells every attention layer; travels as the keyword ``branchwise_plan`` of ``model(...)``."""
 
     seq_lens: Tensor  # i32[B], tokens in the cache before this forward
-    tree_mask: Tensor | None  # i64[B, T, W], None: causal
+    tree_mask: Tensor | None  # i64[B, N, W], None: causal
+    tree: TokenTree | None = None  # what is being verified
     calls: int = 0  # attention layers that ran
 
 
@@ -64,6 +67,14 @@ def attention_forward(
         softcap=softcap or 0.0,
     )
     return out.transpose(1, 2), None
+
+
+def pack_mask(ancestors: Tensor) -> Tensor:
+    """i64[B, N, ceil(N/64)] ancestor bits from bool[B, N, N], as :func:`branchwise.ops.tree_attention` takes them."""
+    B, N, _ = ancestors.shape
+    padded = np.zeros((B, N, -(-N // 64) * 64), np.uint8)
+    padded[..., :N] = ancestors.numpy()
+    return torch.from_numpy(np.packbits(padded, axis=-1, bitorder="little").view(np.int64))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class KVLayer(CacheLayerMixin):
         assert self.store is not None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        ops.append_kv(key_states, value_states, self.keys, self.values, self.store.seq_lens)
+        ops.append_kv(key_states, value_states, self.keys, self.values, self.store.append_at)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -51,6 +51,10 @@ class KVStore(Cache):
     ``append`` happens inside the model's forward, through :meth:`Cache.update`: new tokens go to the slots after
     ``seq_lens`` and stay uncommitted until :meth:`commit` keeps some of them. Call :meth:`reserve` before a forward.
 
+    Attributes:
+        seq_lens: i32[B], committed tokens.
+        append_at: i32[B], the slot of the next append.
+
     Args:
         batch_size: rows, B.
         capacity: slots per row to allocate at first.
@@ -61,8 +65,8 @@ class KVStore(Cache):
             raise ValueError(f"batch_size and capacity must be at least 1, got {batch_size} and {capacity}")
         super().__init__(layer_class_to_replicate=KVLayer)
         self.capacity = _round_up(capacity)
-        self.seq_lens = torch.zeros(batch_size, dtype=torch.int32)
-        self.max_length = 0  # max(seq_lens), kept on the host
+        self.seq_lens = self.append_at = torch.zeros(batch_size, dtype=torch.int32)
+        self.max_length = self._pending = 0  # max(seq_lens), kept on the host
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Writes the new tokens; returns the whole slots [B, Hkv, S, D], not a copy."""
@@ -72,9 +76,14 @@ class KVStore(Cache):
             self.layers.append(layer)
         return self.layers[layer_idx].update(key_states, value_states)
 
-    def reserve(self, new_tokens: int) -> None:
-        """Makes room for ``new_tokens`` more in every row; grows by half at least, so appends stay cheap."""
-        needed = self.max_length + new_tokens
+    def reserve(self, new_tokens: int, pending: int = 0) -> None:
+        """Makes room for ``new_tokens`` more in every row; grows by half at least, so appends stay cheap.
+
+        ``pending``: uncommitted tokens of earlier appends that stay, and behind which the new ones go.
+        """
+        needed = self.max_length + pending + new_tokens
+        self.append_at = self.seq_lens + pending if pending else self.seq_lens
+        self._pending = pending
         if needed <= self.capacity:
             return
         self.capacity = _round_up(max(needed, self.capacity * 3 // 2))
@@ -118,12 +127,14 @@ class KVStore(Cache):
 
     def _grown(self, old: Tensor) -> Tensor:
         new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
-        new[:, :, : self.max_length] = old[:, :, : self.max_length]
+        used = self.max_length + self._pending
+        new[:, :, :used] = old[:, :, :used]
         return new
 
     def _set_lengths(self, seq_lens: Tensor) -> None:
-        self.seq_lens = seq_lens
+        self.seq_lens = self.append_at = seq_lens
         self.max_length = int(seq_lens.max())
+        self._pending = 0
 
 
 def _round_up(slots: int) -> int:

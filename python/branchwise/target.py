@@ -35,6 +35,11 @@ _IGNORE_TEXT = frozenset(
 )
 
 
+def ignores_text(processor: Processor) -> bool:
+    """Known to look at the scores alone, row by row."""
+    return type(processor) in _IGNORE_TEXT
+
+
 def keeps_no_state(processor: Processor) -> bool:
     """Known to depend on its arguments only, so that it may see texts that are not kept in the end."""
     kind = type(processor)
@@ -99,7 +104,7 @@ class Target:
         rows, nodes = (torch.tensor(x) for x in zip(*wanted, strict=True))
         scores = self.logits[rows, nodes].float()
         for processors in zip(*(self._processors[row] for row, _ in wanted), strict=True):
-            if type(processors[0]) in _IGNORE_TEXT and all(p is processors[0] for p in processors):
+            if ignores_text(processors[0]) and all(p is processors[0] for p in processors):
                 scores = processors[0](tree.tokens[rows, nodes][:, None], scores)
                 continue
             for i, (processor, (row, node)) in enumerate(zip(processors, wanted, strict=True)):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import ops
 
+FOREIGN = -2  # in RowTree.ids as a drafter sees it: the node is another drafter's
+
 
 class DrawKind(Enum):
     """How the children of a node were chosen; an acceptance rule is exact only for some of these."""
@@ -38,6 +40,8 @@ class RowTree:
     scores: np.ndarray  # f32[n], scores[0] = 1
     draft: Tensor | None = None  # f32[R, V]; rows of a batch may share one
     draft_index: np.ndarray | None = None  # i32[n]: row of draft that a node's children were drawn from, or -1
+    ids: np.ndarray | None = None  # i32[n], the drafter's own names for the nodes: they stay when nodes are left out
+    fixed: int = 1  # nodes that must be verified whatever it costs: a drafter learns from what the target says there
 
     def __post_init__(self) -> None:
         n = len(self.tokens)
@@ -50,8 +54,10 @@ class RowTree:
             raise ValueError(f"parents must be -1 for the root and else a node before, got {self.parents.tolist()}")
         if (self.draft is None) != (self.draft_index is None):
             raise ValueError("draft and draft_index must be given together")
-        if self.draft_index is not None and len(self.draft_index) != n:
-            raise ValueError(f"draft_index must have one entry per node, {n}, got {len(self.draft_index)}")
+        for name in ("draft_index", "ids"):
+            value = getattr(self, name)
+            if value is not None and len(value) != n:
+                raise ValueError(f"{name} must have one entry per node, {n}, got {len(value)}")
 
     @classmethod
     def root(cls, token: int) -> RowTree:
@@ -70,6 +76,7 @@ class RowTree:
         return len(self.tokens)
 
     def first(self, n: int) -> RowTree:
+        n = max(n, self.fixed)
         return self if n >= len(self) else self.only(np.arange(len(self)) < n)
 
     def only(self, keep: np.ndarray) -> RowTree:
@@ -77,7 +84,9 @@ class RowTree:
         index = np.cumsum(keep) - 1
         parents = np.where(self.parents[keep] >= 0, index[self.parents[keep]], -1).astype(np.int32)
         draft_index = None if self.draft_index is None else self.draft_index[keep]
-        return RowTree(self.tokens[keep], parents, self.scores[keep], self.draft, draft_index)
+        ids = None if self.ids is None else self.ids[keep]
+        fixed = int(keep[: self.fixed].sum())
+        return RowTree(self.tokens[keep], parents, self.scores[keep], self.draft, draft_index, ids, fixed)
 
     def up_to_depth(self, limit: int) -> RowTree:
         """Without the nodes more than ``limit`` levels below the root."""

@@ -30,10 +30,11 @@ struct AttentionArgs {
   void* out;                 // [B, Hq, T, D] contiguous
   float* lse;                // [B, Hq, T] contiguous
   const int32_t* seq_lens;   // [B], P of each row
-  const int64_t* tree_mask;  // [B, T, W] or nullptr for causal
-  const int32_t* depths;     // [B, T] depth of every node; read where tree_mask or window is used
+  const int64_t* tree_mask;  // [B, N, W] or nullptr for causal
+  const int32_t* depths;     // [B, N] depth of every node; read where tree_mask or window is used
   const float* sinks;        // [Hq] or nullptr
   int64_t Hq, Hkv, T, W, D;
+  int64_t N;             // nodes in the slots after P; the T queries are the last of them
   float scale, softcap;  // softcap 0: none
   int64_t window;        // 0: none
 };

@@ -116,15 +116,15 @@ inline void add_values(const Tile<T>& tile, const Tile<T>& next, int64_t d, int6
                                    out + r * ld, ld);
 }
 
-// Whether a token sees a slot; the scalar twin of mask_tile.
-inline bool sees(const AttentionArgs& a, int64_t batch, int64_t token, int64_t low, int64_t prefix,
+// Whether a query node sees a slot; the scalar twin of mask_tile.
+inline bool sees(const AttentionArgs& a, int64_t batch, int64_t query, int64_t low, int64_t prefix,
                  int64_t slot) {
   const int64_t node = slot - prefix;
   if (node < 0) return slot >= low;
   const bool visible = a.tree_mask != nullptr
-                           ? a.tree_mask[(batch * a.T + token) * a.W + node / 64] >> (node % 64) & 1
-                           : node <= token;
-  return visible && prefix + (a.depths != nullptr ? a.depths[batch * a.T + node] : node) >= low;
+                           ? a.tree_mask[(batch * a.N + query) * a.W + node / 64] >> (node % 64) & 1
+                           : node <= query;
+  return visible && prefix + (a.depths != nullptr ? a.depths[batch * a.N + node] : node) >= low;
 }
 
 // At most kFewRows packed rows. Partial result: out [R][ld] | max [R] | sum [R].
@@ -132,15 +132,15 @@ template <typename T, typename M, int R>
 void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                   float* scratch) {
   constexpr int S = kSlots<R>, kChunk = kLanes * M::kPack;
-  const int64_t G = a.Hq / a.Hkv, D = a.D, ld = few_rows_stride(D), prefix = a.seq_lens[u.batch];
+  const int64_t D = a.D, ld = few_rows_stride(D), prefix = a.seq_lens[u.batch];
   float* scores = scratch;                        // [kKeyTile / S][kLanes]
   float* probs = scores + kKeyTile / S * kLanes;  // the same, as elements of M
   float* out = u.partial;
   __builtin_memset(out, 0, sizeof(float) * R * ld);
-  int64_t low[R], token[R], lowest = INT64_MAX, highest = 0;
+  int64_t low[R], node[R], lowest = INT64_MAX, highest = 0;
   for (int r = 0; r < R; ++r) {
-    token[r] = (u.row_begin + r) / G;
-    low[r] = first_position(a, u.batch, token[r], prefix);
+    node[r] = node_of(a, u.row_begin + r);
+    low[r] = first_position(a, u.batch, node[r], prefix);
     lowest = low[r] < lowest ? low[r] : lowest;
     highest = low[r] > highest ? low[r] : highest;
   }
@@ -164,7 +164,7 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
     const int64_t from = highest > slot ? 0 : prefix > slot ? prefix - slot : 0;
     for (int64_t s = from; s < groups * S; ++s)
       for (int r = 0; r < R; ++r)
-        if (s >= count || !sees(a, u.batch, token[r], low[r], prefix, slot + s))
+        if (s >= count || !sees(a, u.batch, node[r], low[r], prefix, slot + s))
           scores[s / S * kLanes + r * S + s % S] = -kInf;
 
     f32v high = top;

@@ -78,9 +78,9 @@ inline void values_block(const float* probs, const typename M::Element* const* v
 
 // What a row may see, one lane per row.
 struct RowBounds {
-  int32_t* token;  // index of the row's node among the T new ones
-  int32_t* low;    // first visible position (window), 0 without one
-  int32_t* word;   // 32 ancestor bits for the 32 new slots in hand
+  int32_t* node;  // the row's node
+  int32_t* low;   // first visible position (window), 0 without one
+  int32_t* word;  // 32 ancestor bits for the 32 new slots in hand
 };
 
 // Sets scores of invisible (slot, row) pairs to -inf. `prefix` = P; slots at and after it are
@@ -102,18 +102,18 @@ void mask_tile(const AttentionArgs& a, int64_t batch, int64_t begin, int64_t cou
       continue;
     }
     if (a.tree_mask != nullptr && (node % 32 == 0 || s == 0 || slot == prefix)) {
-      const int64_t* bits = a.tree_mask + batch * a.T * a.W + node / 64;
+      const int64_t* bits = a.tree_mask + batch * a.N * a.W + node / 64;
       for (int64_t r = 0; r < row_count; ++r)
-        rows.word[r] = static_cast<int32_t>(static_cast<uint64_t>(bits[rows.token[r] * a.W]) >>
+        rows.word[r] = static_cast<int32_t>(static_cast<uint64_t>(bits[rows.node[r] * a.W]) >>
                                             (node / 32 % 2 * 32));
     }
     const int32_t position =
         static_cast<int32_t>(prefix) +
-        (a.depths != nullptr ? a.depths[batch * a.T + node] : static_cast<int32_t>(node));
+        (a.depths != nullptr ? a.depths[batch * a.N + node] : static_cast<int32_t>(node));
     for (int v = 0; v < NV; ++v) {
       i32v seen = a.tree_mask != nullptr
                       ? (load(rows.word + v * kLanes) >> static_cast<int>(node % 32) & 1) != 0
-                      : load(rows.token + v * kLanes) >= static_cast<int32_t>(node);
+                      : load(rows.node + v * kLanes) >= static_cast<int32_t>(node);
       if (a.window > 0) seen &= load(rows.low + v * kLanes) <= position;
       store(line + v * kLanes, seen ? load(line + v * kLanes) : splat(-kInf));
     }
@@ -235,7 +235,7 @@ inline void for_each_group(int64_t rows, F f) {
 template <typename T, typename M>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                    float* scratch) {
-  const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin, padded = padded_rows(rows);
+  const int64_t rows = u.row_end - u.row_begin, padded = padded_rows(rows);
   const int64_t prefix = a.seq_lens[u.batch];
   float* scores = scratch;
   float* converted = scores + kKeyTile * 3 * kRowPad;
@@ -248,9 +248,9 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   int32_t highest_low = 0, lowest_low = INT32_MAX;
   for (int64_t r = 0; r < padded; ++r) {
     // Padding lanes repeat the last row: finite numbers, never read.
-    const int64_t row = u.row_begin + (r < rows ? r : rows - 1), token = row / G;
-    all.token[r] = static_cast<int32_t>(token);
-    all.low[r] = first_position(a, u.batch, token, prefix);
+    const int64_t node = node_of(a, u.row_begin + (r < rows ? r : rows - 1));
+    all.node[r] = static_cast<int32_t>(node);
+    all.low[r] = first_position(a, u.batch, node, prefix);
     all.word[r] = 0;
     highest_low = all.low[r] > highest_low ? all.low[r] : highest_low;
     lowest_low = all.low[r] < lowest_low ? all.low[r] : lowest_low;
@@ -270,7 +270,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
     make_lines(*tile, a.D, converted, &lines);
     Prefetcher<T> ahead(*next, a.D);
     for_each_group(rows, [&](int64_t first, int nv) {
-      const RowBounds part{all.token + first, all.low + first, all.word + first};
+      const RowBounds part{all.node + first, all.low + first, all.word + first};
       const int64_t ld = nv * kLanes, count = first + ld < padded ? ld : padded - first;
       const auto call = nv == 3   ? attend_tile<M, 3, Prefetcher<T>>
                         : nv == 2 ? attend_tile<M, 2, Prefetcher<T>>

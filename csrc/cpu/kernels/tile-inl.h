@@ -34,6 +34,14 @@ inline void find_rows(const KvLayout& layout, const void* cache, const Attention
   for (int64_t s = count; s < kKeyTile; ++s) rows[s] = zeros<T>();
 }
 
+// The node of a packed row, and that of a unit's last one.
+inline int64_t node_of(const AttentionArgs& a, int64_t row) {
+  return a.N - a.T + row / (a.Hq / a.Hkv);
+}
+inline int64_t last_node(const AttentionArgs& a, const AttentionUnit& u) {
+  return node_of(a, u.row_end - 1);
+}
+
 // The tile at `begin`, which ends where the unit ends. Behind the unit's last tile it is the one
 // that follows in the row, if any: not this unit's to compute, but likely this thread's next to
 // read.
@@ -41,7 +49,7 @@ template <typename T>
 inline void find_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin,
                       Tile<T>* tile) {
   if (begin > u.slot_end) begin = u.slot_end;
-  const int64_t row_end = a.seq_lens[u.batch] + (u.row_end - 1) / (a.Hq / a.Hkv) + 1;
+  const int64_t row_end = a.seq_lens[u.batch] + last_node(a, u) + 1;
   const int64_t left = (begin < u.slot_end ? u.slot_end : row_end) - begin;
   tile->begin = begin;
   tile->count = left < kKeyTile ? left : kKeyTile;
@@ -101,11 +109,10 @@ inline int64_t first_visible_slot(const AttentionArgs& a, const AttentionUnit& u
   return first > u.slot_begin ? first : u.slot_begin;
 }
 
-// The first position that a token sees under a window.
-inline int32_t first_position(const AttentionArgs& a, int64_t batch, int64_t token,
-                              int64_t prefix) {
+// The first position that a node sees under a window.
+inline int32_t first_position(const AttentionArgs& a, int64_t batch, int64_t node, int64_t prefix) {
   if (a.window == 0) return 0;
-  const int64_t depth = a.depths != nullptr ? a.depths[batch * a.T + token] : token;
+  const int64_t depth = a.depths != nullptr ? a.depths[batch * a.N + node] : node;
   const int64_t low = prefix + depth - a.window + 1;
   return low > 0 ? static_cast<int32_t>(low) : 0;
 }

@@ -148,9 +148,29 @@ int64_t count_above(const LogitsRow& row, int64_t begin, int64_t end, float valu
   return found;
 }
 
+int64_t find(const LogitsRow& row, int64_t begin, int64_t count, float value, int32_t* tokens,
+             float* logits) {
+  int64_t found = 0;
+  by_type(row.type, [&](auto type) {
+    const auto* x = static_cast<const decltype(type)*>(row.data);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t n = count - i < kLanes ? count - i : kLanes;
+      const f32v v = only_first(load_wide(x + begin + i, n), n, __builtin_nanf(""));
+      const i32v hit = v >= value;  // NaN is not
+      if (lane_sum(hit != 0 ? splat(1.f) : f32v{}) == 0.f) continue;
+      for (int64_t l = 0; l < n; ++l) {
+        if (hit[l] == 0) continue;
+        tokens[found] = static_cast<int32_t>(begin + i + l);
+        logits[found++] = v[l];
+      }
+    }
+  });
+  return found;
+}
+
 }  // namespace
 
 extern const VocabKernels vocab_kernels;
-const VocabKernels vocab_kernels = {maxima, softmax, sums, weights, moments, count_above};
+const VocabKernels vocab_kernels = {maxima, softmax, sums, weights, moments, count_above, find};
 
 }  // namespace branchwise::BW_ISA

@@ -1,6 +1,7 @@
 // Passes over a row of logits, one value per token of the vocabulary: what the verification rules
-// ask of a kernel level. Results are per block of kVocabBlock tokens, so that whoever adds them up
-// does it in a fixed order, and can find a token by its share of the mass with one more block.
+// and the drafters ask of a kernel level. Results are per block of kVocabBlock tokens, so that
+// whoever adds them up does it in a fixed order, and can find a token by its share of the mass with
+// one more block.
 #pragma once
 #include <cstdint>
 
@@ -39,6 +40,10 @@ struct VocabKernels {
   void (*moments)(const TokenWeights&, float* sum);
   // How many of the logits [begin, end) are above a value, or not below it.
   int64_t (*count_above)(const LogitsRow&, int64_t begin, int64_t end, float value, bool or_equal);
+  // Tokens of [begin, begin + count) whose logit is not below a value, in order; returns how many.
+  // `tokens` and `logits` have room for `count`.
+  int64_t (*find)(const LogitsRow&, int64_t begin, int64_t count, float value, int32_t* tokens,
+                  float* logits);
 };
 
 namespace baseline {

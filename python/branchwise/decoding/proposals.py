@@ -31,6 +31,8 @@ def check_proposals(
         low, high = tree.tokens.min(), tree.tokens.max()
         if low < 0 or high >= vocabulary:
             raise ValueError(f"the drafter's tokens must lie between 0 and {vocabulary - 1}, got {low} to {high}")
+        if tree.fixed > budget:
+            raise ValueError(f"a drafter must keep its fixed nodes within its budget of {budget}, got {tree.fixed}")
         if draws is DrawKind.DETERMINISTIC:
             continue
         if len(tree) > 1 and tree.draft is None:

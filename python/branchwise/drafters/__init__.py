@@ -1,12 +1,24 @@
 """Where candidate trees come from, one file each."""
 
-from .base import Drafter, DraftSession
+from .base import Drafter, DraftRequest, DraftSession, Needs, Verified
 from .candidates import Candidates
+from .early_exit import EarlyExit
+from .hybrid import Hybrid
+from .lookahead import Jacobi, Lookahead
+from .model import Model
 from .prompt_lookup import PromptLookup
 from .suffix import Suffix
+from .token_recycling import TokenRecycling
 from .trie import Trie
 
-BY_NAME = {"trie": Trie, "suffix": Suffix, "prompt_lookup": PromptLookup}
+BY_NAME = {
+    "jacobi": Jacobi,
+    "lookahead": Lookahead,
+    "prompt_lookup": PromptLookup,
+    "suffix": Suffix,
+    "token_recycling": TokenRecycling,
+    "trie": Trie,
+}
 
 
 def make_drafter(drafter: str | Drafter) -> Drafter:
@@ -18,4 +30,22 @@ def make_drafter(drafter: str | Drafter) -> Drafter:
     return BY_NAME[drafter]()
 
 
-__all__ = ["BY_NAME", "Candidates", "DraftSession", "Drafter", "PromptLookup", "Suffix", "Trie", "make_drafter"]
+__all__ = [
+    "BY_NAME",
+    "Candidates",
+    "DraftRequest",
+    "DraftSession",
+    "Drafter",
+    "EarlyExit",
+    "Hybrid",
+    "Jacobi",
+    "Lookahead",
+    "Model",
+    "Needs",
+    "PromptLookup",
+    "Suffix",
+    "TokenRecycling",
+    "Trie",
+    "Verified",
+    "make_drafter",
+]

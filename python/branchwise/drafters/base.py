@@ -2,13 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..cache import KVStore
 from ..noise import Noise
-from ..tree import DrawKind, RowTree
+from ..tree import DrawKind, RowTree, TokenTree
+
+
+class Needs(Flag):
+    """What a drafter reads of the target's forwards; what nobody needs is not kept."""
+
+    NOTHING = 0
+    LOGITS = auto()
+    HIDDEN_STATES = auto()
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """What a ``generate`` call tells its drafter.
+
+    Attributes:
+        prompts: i32 token ids per row, without padding.
+        eos: ids that a drafter never proposes.
+        noise: for a drafter that draws, so that one seed gives one text; rows that finish leave it by themselves.
+        sampling: False: greedy decoding, where drawing drafts would only make them worse.
+        warpers: ``(ids, scores [n, V]) -> scores``, what the user asked for that depends on scores alone (temperature,
+            top-k, top-p, ...): a drafter that draws from warped scores is accepted more often.
+        target, store: the target and its KV store, for a drafter that computes with them.
+    """
+
+    prompts: Sequence[np.ndarray]
+    eos: frozenset[int] = frozenset()
+    noise: Noise | None = None
+    sampling: bool = False
+    warpers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+    target: PreTrainedModel | None = None
+    store: KVStore | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What became of a proposal. Row b stands for the b-th row that is still in the batch.
+
+    Attributes:
+        emitted: tokens that became text since the last call, per row; empty for a row that has finished.
+        tree: the trees that were verified, which may be smaller than those proposed; roots after the prompt.
+        nodes, count: i32[B, T] and i32[B]: ids of the nodes on the accepted path, root first, and how many were kept.
+        logits: [B, T, V] at the nodes, unprocessed; with :attr:`Needs.LOGITS`.
+        hidden_states: [B, T, H] at the nodes, after the final norm; with :attr:`Needs.HIDDEN_STATES`.
+        seconds: of the target's forward.
+    """
+
+    emitted: Sequence[Sequence[int]]
+    tree: TokenTree | None = None
+    nodes: Tensor | None = None
+    count: Tensor | None = None
+    logits: Tensor | None = field(default=None, repr=False)
+    hidden_states: Tensor | None = field(default=None, repr=False)
+    seconds: float = 0.0
+
+    def path(self, row: int) -> list[int]:
+        """Ids of the nodes of a row that were kept, root first; of a finished row, none."""
+        if self.nodes is None or self.count is None:
+            return [0]
+        return self.nodes[row, : int(self.count[row])].tolist()
 
 
 class Drafter(Protocol):
@@ -17,16 +81,11 @@ class Drafter(Protocol):
     One object may serve many sessions, also from several threads; what belongs to a batch lives in the session.
     """
 
-    draws: DrawKind
+    draws: DrawKind  # how it draws siblings when sampling
+    needs: Needs
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> DraftSession:
-        """Starts a batch.
-
-        Args:
-            prompts: i32 token ids per row, without padding.
-            eos: ids never to be drafted.
-            noise: for a drafter that draws, so that one seed gives one text; rows that finish leave it by themselves.
-        """
+    def begin(self, request: DraftRequest) -> DraftSession:
+        """Starts a batch."""
         ...
 
 
@@ -41,8 +100,8 @@ class DraftSession(Protocol):
         """
         ...
 
-    def observe(self, emitted: Sequence[Sequence[int]]) -> None:
-        """Tokens that were emitted in each row since the last call."""
+    def observe(self, verified: Verified) -> None:
+        """What the target said since the last call, beginning with the prompt's."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:

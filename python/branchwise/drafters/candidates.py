@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from ..noise import Noise
 from ..tree import DrawKind, RowTree
+from .base import DraftRequest, Needs, Verified
 
 
 class Candidates:
@@ -27,13 +27,13 @@ class Candidates:
         ValueError: when called: a generator returned something else than its input and tokens behind it.
     """
 
-    draws = DrawKind.DETERMINISTIC
+    draws, needs = DrawKind.DETERMINISTIC, Needs.NOTHING
 
     def __init__(self, make: Callable[[Tensor], CandidateGenerator]) -> None:
         self.make = make
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> CandidatesSession:
-        return CandidatesSession(self.make, prompts, eos)
+    def begin(self, request: DraftRequest) -> CandidatesSession:
+        return CandidatesSession(self.make, request.prompts, request.eos)
 
 
 class CandidatesSession:
@@ -67,8 +67,8 @@ class CandidatesSession:
         draft = draft[: stop[0]] if len(stop) else draft
         return RowTree.chain(root, draft, 0.8 ** np.arange(1, len(draft) + 1))
 
-    def observe(self, emitted: Sequence[Sequence[int]]) -> None:
-        for i, tokens in enumerate(emitted):
+    def observe(self, verified: Verified) -> None:
+        for i, tokens in enumerate(verified.emitted):
             if not tokens:
                 continue
             self._texts[i] = torch.cat([self._texts[i], torch.tensor([list(tokens)])], 1)

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from ..noise import Noise
 from ..tree import DrawKind, RowTree
+from .base import DraftRequest, Needs, Verified
 
 
 class PromptLookup:
@@ -23,7 +23,7 @@ class PromptLookup:
         ValueError: a length below 1, or another ``match``.
     """
 
-    draws = DrawKind.DETERMINISTIC
+    draws, needs = DrawKind.DETERMINISTIC, Needs.NOTHING
 
     def __init__(self, max_ngram: int = 3, num_tokens: int = 10, match: Literal["first", "last"] = "last") -> None:
         if max_ngram < 1 or num_tokens < 1:
@@ -32,8 +32,8 @@ class PromptLookup:
             raise ValueError(f"match must be 'first' or 'last', got {match!r}")
         self.max_ngram, self.num_tokens, self.match = max_ngram, num_tokens, match
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> PromptLookupSession:
-        return PromptLookupSession(self, prompts, eos)
+    def begin(self, request: DraftRequest) -> PromptLookupSession:
+        return PromptLookupSession(self, request.prompts, request.eos)
 
 
 class PromptLookupSession:
@@ -62,10 +62,10 @@ class PromptLookupSession:
                 return RowTree.chain(int(text[-1]), draft, trust * 0.95 ** np.arange(len(draft)))
         return RowTree.root(int(text[-1]))
 
-    def observe(self, emitted: Sequence[Sequence[int]]) -> None:
+    def observe(self, verified: Verified) -> None:
         self._texts = [
             np.concatenate([text, np.asarray(tokens, np.int32)])
-            for text, tokens in zip(self._texts, emitted, strict=True)
+            for text, tokens in zip(self._texts, verified.emitted, strict=True)
         ]
 
     def keep(self, rows: Sequence[int]) -> None:

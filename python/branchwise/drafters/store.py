@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import _host
 from ..tree import RowTree
+from .base import Verified
 
 
 class StoreSession:
@@ -21,8 +22,8 @@ class StoreSession:
             for request, budget in zip(self._requests, budgets, strict=True)
         ]
 
-    def observe(self, emitted: Sequence[Sequence[int]]) -> None:
-        for request, tokens in zip(self._requests, emitted, strict=True):
+    def observe(self, verified: Verified) -> None:
+        for request, tokens in zip(self._requests, verified.emitted, strict=True):
             self._store.observe(request, np.asarray(tokens, np.int32))
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import _host
-from ..noise import Noise
 from ..tree import DrawKind
+from .base import DraftRequest, Needs
 from .store import StoreSession
 
 
@@ -36,7 +35,7 @@ class Suffix:
         ValueError: a length or limit below 1, a weight or score below 0.
     """
 
-    draws = DrawKind.DETERMINISTIC
+    draws, needs = DrawKind.DETERMINISTIC, Needs.NOTHING
 
     def __init__(
         self,
@@ -66,8 +65,8 @@ class Suffix:
                 self._stores[eos] = _host.SuffixDrafts(eos=sorted(eos), **self._options)
             return self._stores[eos]
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> StoreSession:
-        return StoreSession(self._store(eos), prompts)
+    def begin(self, request: DraftRequest) -> StoreSession:
+        return StoreSession(self._store(request.eos), request.prompts)
 
     def save(self, path: str | Path) -> None:
         """Writes the past outputs to a file of numpy's .npz format, to that very path."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from .. import _host
-from ..noise import Noise
 from ..tree import DrawKind
+from .base import DraftRequest, Needs
 from .store import StoreSession
 
 
@@ -33,7 +30,7 @@ class Trie:
         ValueError: a length or limit below 1, or ``output_weight`` outside [0, 1].
     """
 
-    draws = DrawKind.DETERMINISTIC
+    draws, needs = DrawKind.DETERMINISTIC, Needs.NOTHING
 
     def __init__(
         self,
@@ -56,10 +53,10 @@ class Trie:
         self._tries: dict[frozenset[int], _host.TokenTrie] = {}
         self._lock = threading.Lock()
 
-    def begin(self, prompts: Sequence[np.ndarray], eos: frozenset[int], noise: Noise) -> StoreSession:
+    def begin(self, request: DraftRequest) -> StoreSession:
         # Runs end at EOS, so models with other EOS tokens must not read each other's runs.
         with self._lock:
-            if eos not in self._tries:
-                self._tries[eos] = _host.TokenTrie(eos=sorted(eos), **self._options)
-            trie = self._tries[eos]
-        return StoreSession(trie, prompts)
+            if request.eos not in self._tries:
+                self._tries[request.eos] = _host.TokenTrie(eos=sorted(request.eos), **self._options)
+            trie = self._tries[request.eos]
+        return StoreSession(trie, request.prompts)

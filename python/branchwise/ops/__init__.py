@@ -6,6 +6,7 @@ reference that the tests use as oracle.
 
 from ._load import CUDA_LOADED, ISA_LEVELS, LIBRARY_DIR, cpu_isa, set_cpu_isa
 from .attention import merge_attention, tree_attention
+from .draft import top_tokens
 from .kv import append_kv, commit_kv
 from .tree import build_tree
 from .verify import (
@@ -31,6 +32,7 @@ __all__ = [
     "merge_attention",
     "node_uniforms",
     "set_cpu_isa",
+    "top_tokens",
     "tree_attention",
     "verify_block",
     "verify_chain",

@@ -27,12 +27,15 @@ def tree_attention(
     token sees the whole prefix, and of the new tokens those whose bit is set in its mask row: bit j of word
     j//64 for node j. A node must see itself, and may see only nodes before it. ``tree_mask=None`` means causal.
 
+    For a tree that grows level by level, the mask may have rows for N >= T nodes: those before the last T are in the
+    cache from earlier appends, in slots P to P+N-T-1, and the T new tokens follow.
+
     Args:
         query: [B, Hq, T, D] float32, bfloat16 or float16, post-RoPE; last dimension contiguous. D <= 512.
         key_cache, value_cache: [B, Hkv, S, D], or with ``page_table`` [pages, Hkv, page_size, D]; dtype of ``query``;
             Hq a multiple of Hkv (query head h reads KV head h * Hkv // Hq).
-        seq_lens: i32[B], tokens in the cache before these T; ``seq_lens + T`` must fit the cache.
-        tree_mask: i64[B, T, ceil(T/64)] ancestor bits, as built by :func:`build_tree`, or None.
+        seq_lens: i32[B], tokens in the cache before these T; ``seq_lens + N`` must fit the cache.
+        tree_mask: i64[B, N, ceil(N/64)] ancestor bits, as built by :func:`build_tree`, or None.
         page_table: i32[B, N]: slot s of row b is in page ``page_table[b, s // page_size]``.
         scale: multiplies the logits; 1/sqrt(D) if None.
         window: if positive, a token at position p sees positions > p - window only. The position of node i is
@@ -79,16 +82,16 @@ def tree_attention_reference(
     B, Hq, T, D = query.shape
     out, lse = torch.empty(B, Hq, T, D, dtype=dtype), torch.empty(B, Hq, T, dtype=dtype)
     for b in range(B):
-        P = int(seq_lens[b])
-        key, value = (gather_row(cache, b, P + T, page_table).to(dtype) for cache in (key_cache, value_cache))
+        P, N = int(seq_lens[b]), T if tree_mask is None else tree_mask.shape[1]
+        key, value = (gather_row(cache, b, P + N, page_table).to(dtype) for cache in (key_cache, value_cache))
         group = Hq // key.shape[0]
-        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)  # [Hq, P+T, D]
-        sees = unpack_mask(tree_mask[b], T) if tree_mask is not None else torch.ones(T, T).tril().bool()
+        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)  # [Hq, P+N, D]
+        sees = unpack_mask(tree_mask[b], N) if tree_mask is not None else torch.ones(N, N).tril().bool()
         depth = sees.sum(-1) - 1
-        visible = torch.cat([torch.ones(T, P, dtype=torch.bool), sees], dim=1)  # [T, P+T]
+        visible = torch.cat([torch.ones(T, P, dtype=torch.bool), sees[N - T :]], dim=1)  # [T, P+N]
         if window > 0:
             positions = torch.cat([torch.arange(P), P + depth])
-            visible &= positions[None, :] > (P + depth)[:, None] - window
+            visible &= positions[None, :] > (P + depth)[N - T :, None] - window
         logits = query[b].to(dtype) @ key.mT * (scale if scale is not None else 1 / math.sqrt(D))
         if softcap > 0:
             logits = softcap * torch.tanh(logits / softcap)
@@ -96,7 +99,7 @@ def tree_attention_reference(
         if sinks is not None:
             logits = torch.cat([logits, sinks.to(dtype)[:, None, None].expand(Hq, T, 1)], dim=-1)
         lse[b] = torch.logsumexp(logits, -1)
-        out[b] = torch.softmax(logits, -1)[..., : P + T] @ value
+        out[b] = torch.softmax(logits, -1)[..., : P + N] @ value
     return out, lse
 
 

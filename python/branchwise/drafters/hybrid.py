@@ -1,0 +1,138 @@
+"""Several drafters, one tree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..tree import FOREIGN, DrawKind, RowTree
+from .base import Drafter, DraftRequest, DraftSession, Needs, Verified
+from .early_exit import EarlyExit
+
+
+class Hybrid:
+    """Merges what several drafters propose: equal paths become one, the likeliest nodes stay.
+
+    Args:
+        drafters: in the order in which they are asked; each a :class:`Drafter` that is deterministic and has its nodes
+            verified by the whole target.
+        enough: expected accepted tokens of a row's tree from which on the drafters that follow are not asked for it,
+            which is for costly ones; None asks all.
+
+    Raises:
+        ValueError: no drafters, or one that draws or exits early.
+    """
+
+    draws = DrawKind.DETERMINISTIC
+
+    def __init__(self, *drafters: Drafter, enough: float | None = None) -> None:
+        if not drafters:
+            raise ValueError("drafters must name at least one, got none")
+        for drafter in drafters:
+            if drafter.draws is not DrawKind.DETERMINISTIC or isinstance(drafter, EarlyExit):
+                raise ValueError(
+                    f"drafters must be deterministic and leave the target alone, got {type(drafter).__name__}"
+                )
+        self.drafters, self.enough = drafters, enough
+        self.needs = Needs.NOTHING
+        for drafter in drafters:
+            self.needs |= drafter.needs
+
+    def begin(self, request: DraftRequest) -> HybridSession:
+        return HybridSession([drafter.begin(request) for drafter in self.drafters], self.enough)
+
+
+class HybridSession:
+    def __init__(self, sessions: list[DraftSession], enough: float | None) -> None:
+        self._sessions, self._enough = sessions, enough
+        self._names: list[np.ndarray] = []  # per row, i32[drafters, merged nodes]: the drafters' own ids
+
+    def propose(self, budgets: Sequence[int]) -> list[RowTree]:
+        proposals: list[list[RowTree]] = []
+        open_budgets = list(budgets)
+        for session in self._sessions:
+            proposals.append(session.propose(open_budgets))
+            if self._enough is not None:
+                for b, tree in enumerate(proposals[-1]):
+                    if tree.scores[1:].sum() >= self._enough:
+                        open_budgets[b] = 1
+        self._names, merged = [], []
+        for trees, budget in zip(zip(*proposals, strict=True), budgets, strict=True):
+            tree, sources = merge(trees, budget)
+            merged.append(tree)
+            self._names.append(own_names(trees, sources))
+        return merged
+
+    def observe(self, verified: Verified) -> None:
+        for d, session in enumerate(self._sessions):
+            session.observe(as_seen_by(d, verified, self._names))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._names = [self._names[row] for row in rows] if self._names else []
+        for session in self._sessions:
+            session.keep(rows)
+
+    def close(self) -> None:
+        for session in self._sessions:
+            session.close()
+
+
+def as_seen_by(d: int, verified: Verified, names: Sequence[np.ndarray]) -> Verified:
+    """``verified`` with the d-th drafter's own names for the nodes; ``names``: per row, see :func:`own_names`."""
+    if verified.tree is None or not names:
+        return verified
+    tree = copy.copy(verified.tree)
+    tree.rows = [replace(row, ids=own[d, row.ids], fixed=1) for row, own in zip(verified.tree.rows, names, strict=True)]
+    return replace(verified, tree=tree)
+
+
+def merge(trees: Sequence[RowTree], budget: int) -> tuple[RowTree, np.ndarray]:
+    """One tree of at most ``budget`` nodes, best first, and where its nodes come from: i32[trees, nodes] by the merged
+    tree's ``ids``, the node of each tree, -1 where it has none."""
+    tokens, parents, scores, fixed = [int(trees[0].tokens[0])], [-1], [1.0], [True]
+    known: dict[tuple[int, int], int] = {}
+    places: list[list[int]] = []  # per tree and node: its merged node
+    for tree in trees:
+        place = [0]
+        own = zip(tree.tokens[1:].tolist(), tree.parents[1:].tolist(), tree.scores[1:].tolist(), strict=True)
+        for node, (token, parent, score) in enumerate(own, start=1):
+            key = (place[parent], token)
+            at = known.get(key)
+            if at is None:
+                at = known[key] = len(tokens)
+                tokens.append(token)
+                parents.append(key[0])
+                scores.append(score)
+                fixed.append(node < tree.fixed)
+            else:
+                scores[at] = max(scores[at], score)
+                fixed[at] |= node < tree.fixed
+            place.append(at)
+        places.append(place)
+    sources = np.full((len(trees), len(tokens)), -1, np.int32)
+    for d, place in enumerate(places):
+        sources[d, place] = np.arange(len(place))
+    # Fixed nodes first; parents, which come earlier and are never less likely, stay before their children.
+    order = np.lexsort((-np.array(scores), ~np.array(fixed)))
+    place_of = np.argsort(order)
+    moved = np.array(parents)[order]
+    merged = RowTree(
+        np.array(tokens, np.int32)[order],
+        np.where(moved >= 0, place_of[moved], -1).astype(np.int32),
+        np.array(scores, np.float32)[order],
+        ids=order.astype(np.int32),
+        fixed=int(sum(fixed)),
+    )
+    return merged.first(budget), sources
+
+
+def own_names(trees: Sequence[RowTree], sources: np.ndarray) -> np.ndarray:
+    """What each tree calls the nodes of the merged one, i32[trees, nodes]: :data:`branchwise.tree.FOREIGN` for none."""
+    names = np.full(sources.shape, FOREIGN, np.int32)
+    for d, tree in enumerate(trees):
+        own = sources[d] >= 0
+        names[d, own] = sources[d, own] if tree.ids is None else tree.ids[sources[d, own]]
+    return names

@@ -1,0 +1,122 @@
+"""A model and the KV store of its batch: ragged prompts, trees, and nothing that plain forwards do not need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .attention import AttentionPlan
+from .cache import KVStore
+from .tree import TokenTree
+
+_CHUNK = 2048  # prompt tokens per forward: bounds activations and workspace
+
+
+class StoredModel:
+    """Forwards of a model over a :class:`KVStore`; the caller is inside :func:`branchwise.attention.use_attention`.
+
+    Args:
+        model: a supported model.
+        store: of its batch.
+        keep_hidden: leave the hidden states of every forward, after the final norm, in ``hidden_states``.
+
+    Attributes:
+        forwards: how many were made.
+        hidden_states: [B, T, H] of the last forward, or of the last tokens of :meth:`extend`; None if not kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, store: KVStore, keep_hidden: bool = False) -> None:
+        self.model, self.store = model, store
+        self.forwards = 0
+        self.hidden_states: Tensor | None = None
+        self._keep_hidden = keep_hidden
+
+    def extend(self, rows: Sequence[Tensor]) -> Tensor:
+        """Appends text, ragged, and commits it.
+
+        Args:
+            rows: i64[n_b] new tokens per row, some of them at least one.
+
+        Returns:
+            Logits [B, 1, V] after the last new token of each row; of a row without any, undefined.
+        """
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+        longest = int(lengths.max())
+        tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        logits: Tensor | None = None
+        hidden: Tensor | None = None
+        for begin in range(0, longest, _CHUNK):
+            chunk = tokens[:, begin : begin + _CHUNK]
+            # A row that ended in an earlier chunk writes behind its end, where the next append overwrites it.
+            ends = (lengths - begin).clamp(0, chunk.shape[1])
+            here = torch.nonzero((ends > 0) & (lengths <= begin + chunk.shape[1])).flatten()
+            wanted = sorted(set((ends[here] - 1).tolist())) or [0]
+            positions = self.store.seq_lens[:, None] + torch.arange(chunk.shape[1])
+            out = self.forward(chunk, positions, wanted=wanted)
+            logits = out.new_empty(len(rows), 1, out.shape[-1]) if logits is None else logits
+            at = [wanted.index(int(end) - 1) for end in ends[here]]
+            logits[here, 0] = out[here, at]
+            if self.hidden_states is not None:
+                hidden = self.hidden_states[:, :1].clone() if hidden is None else hidden
+                hidden[here, 0] = self.hidden_states[here, (ends[here] - 1).long()]
+            self.store.advance(ends)
+        assert logits is not None
+        self.hidden_states = hidden
+        return logits
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        tree_mask: Tensor | None = None,
+        *,
+        wanted: Sequence[int] | None = None,
+        pending: int = 0,
+        tree: TokenTree | None = None,
+    ) -> Tensor:
+        """One forward; the new keys and values are in the store, uncommitted.
+
+        Args:
+            tokens, positions: i64[B, T].
+            tree_mask: i64[B, pending + T, W] ancestor bits; None: causal.
+            wanted: which of the T logits; None: all.
+            pending: uncommitted nodes that forwards before this one left in the store, to which these are added.
+            tree: what is being verified, for layers that know parts of it already.
+
+        Returns:
+            Logits [B, T or len(wanted), V].
+
+        Raises:
+            ValueError: the model never called the attention function.
+        """
+        self.store.reserve(tokens.shape[1], pending)
+        plan = AttentionPlan(self.store.seq_lens, tree_mask, tree)
+        options: dict[str, Any] = {}
+        if wanted is not None and self.model._supports_logits_to_keep():
+            options["logits_to_keep"] = torch.tensor(wanted)
+        hook = self.model.base_model.register_forward_hook(self._note_hidden) if self._keep_hidden else None
+        try:
+            logits = self.model(
+                input_ids=tokens,
+                position_ids=positions,
+                past_key_values=self.store,
+                use_cache=True,
+                branchwise_plan=plan,
+                **options,
+            ).logits
+        finally:
+            if hook is not None:
+                hook.remove()
+        if plan.calls == 0:
+            raise ValueError(
+                f"{type(self.model).__name__} never called the registered attention function; it is not supported"
+            )
+        self.forwards += 1
+        return logits[:, list(wanted)] if wanted is not None and not options else logits
+
+    def _note_hidden(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self.hidden_states = output[0]

@@ -1,0 +1,79 @@
+"""Running some of a model's decoder layers: the others let hidden states pass. Works on the modules, not on copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# (hidden_states [B, T, H], keyword arguments of the layer) -> hidden states instead of the layer's
+Replacement = Callable[[Tensor, dict[str, Any]], Tensor]
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The model's stack of decoder layers.
+
+    Raises:
+        ValueError: there is none, or not one only.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    stacks = [stack for stack in stacks if all(hasattr(layer, "self_attn") or _attention(layer) for layer in stack)]
+    if len(stacks) != 1:
+        raise ValueError(f"{type(model).__name__} must have one stack of {count} decoder layers, found {len(stacks)}")
+    return stacks[0]
+
+
+def _attention(layer: torch.nn.Module) -> bool:
+    return any("attention" in type(child).__name__.lower() for child in layer.children())
+
+
+class LayerSwitch:
+    """Decides, layer by layer and forward by forward, whether a decoder layer runs.
+
+    One switch per model at a time; :meth:`remove` restores the model. Not thread-safe, as it changes the model.
+
+    Attributes:
+        replace: by layer index, what to do instead of the layer; absent: the layer runs.
+        outputs: by layer index, the hidden states [B, T, H] after the layers in ``watch`` in the last forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, watch: frozenset[int] = frozenset()) -> None:
+        self.layers = decoder_layers(model)
+        if any("forward" in layer.__dict__ for layer in self.layers):
+            raise ValueError(f"the layers of this {type(model).__name__} are in use by another early exit")
+        self.replace: dict[int, Replacement] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self._watch = watch
+        for index, layer in enumerate(self.layers):
+            layer.forward = self._switched(index, layer.forward)
+
+    def remove(self) -> None:
+        for layer in self.layers:
+            layer.__dict__.pop("forward", None)
+
+    def _switched(self, index: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        in_tuple = False  # some models' layers return (hidden_states, ...)
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal in_tuple
+            replacement = self.replace.get(index)
+            if replacement is not None:
+                out = replacement(hidden_states, kwargs)
+                result: Any = (out,) if in_tuple else out
+            else:
+                result = run(hidden_states, *args, **kwargs)
+                in_tuple = isinstance(result, tuple)
+                out = result[0] if in_tuple else result
+            if index in self._watch:
+                self.outputs[index] = out
+            return result
+
+        return forward
+
+
+def pass_through(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    return hidden_states
