@@ -201,9 +201,7 @@ def test_growth_keeps_the_likeliest_paths():
             return table[tokens]
 
     tree = grow_best_first(Bigram(), [2], [20], torch.tensor([4]), width=V, depth=depth, min_score=0.0)[0]
-    masked = table.clone()
-    masked[:, 4] = -torch.inf
-    law = masked.softmax(-1)
+    law = table.softmax(-1)  # the EOS 4 is never drafted, and keeps its part
     paths = {}
     level = {(): 1.0}
     for _ in range(depth):

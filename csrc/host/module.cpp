@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "host/merge_drafts.h"
 #include "host/suffix_drafts.h"
 #include "host/token_trie.h"
 
@@ -27,6 +28,30 @@ void check_flat(const char* name, const Tokens& tokens) {
   if (tokens.ndim() != 1)
     throw py::value_error(std::string(name) + " must be one-dimensional, got " +
                           std::to_string(tokens.ndim()) + " dimensions");
+}
+
+using Scores = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using OneDraft = std::tuple<Tokens, Tokens, Scores, int64_t>;  // tokens, parents, scores, fixed
+
+py::tuple merge(const std::vector<OneDraft>& drafts, int64_t budget) {
+  std::vector<branchwise::DraftView> views;
+  for (const auto& [tokens, parents, scores, fixed] : drafts) {
+    check_flat("tokens", tokens);
+    if (tokens.size() == 0 || parents.size() != tokens.size() || scores.size() != tokens.size())
+      throw py::value_error("tokens, parents and scores must have one equal length of at least 1");
+    views.push_back({tokens.data(), parents.data(), scores.data(), tokens.size(), fixed});
+  }
+  if (views.empty()) throw py::value_error("drafts must hold at least one draft");
+  branchwise::MergedDraft merged;
+  {
+    py::gil_scoped_release release;
+    merged = branchwise::merge_drafts(views, budget);
+  }
+  const auto count = static_cast<py::ssize_t>(views.size());
+  const auto size = static_cast<py::ssize_t>(merged.draft.tokens.size());
+  return py::make_tuple(to_numpy(merged.draft.tokens), to_numpy(merged.draft.parents),
+                        to_numpy(merged.draft.scores), merged.fixed,
+                        to_numpy(merged.sources).reshape({count, size}));
 }
 
 // begin, observe, propose and end: what every store of drafts has.
@@ -72,6 +97,7 @@ void bind_requests(py::class_<Store>& store) {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side data structures of branchwise (no torch).";
+  m.def("merge_drafts", &merge, py::arg("drafts"), py::arg("budget"));
   py::class_<TokenTrie> trie(m, "TokenTrie");
   bind_requests(trie);
   trie.def(py::init([](std::vector<int32_t> eos, int32_t branch_length, int32_t query_length,

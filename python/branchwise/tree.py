@@ -50,7 +50,9 @@ class RowTree:
                 f"tokens, parents and scores must have one equal length of at least 1, got {n}, "
                 f"{len(self.parents)} and {len(self.scores)}"
             )
-        if self.parents[0] != -1 or (self.parents[1:] < 0).any() or (self.parents >= np.arange(n)).any():
+        # As unsigned numbers, negative ones are large: one comparison sees both errors. Trees are made by the thousand.
+        above = np.asarray(self.parents[1:], np.int32).view(np.uint32)
+        if self.parents[0] != -1 or (n > 1 and (above > np.arange(n - 1, dtype=np.uint32)).any()):
             raise ValueError(f"parents must be -1 for the root and else a node before, got {self.parents.tolist()}")
         if (self.draft is None) != (self.draft_index is None):
             raise ValueError("draft and draft_index must be given together")

@@ -16,6 +16,8 @@ from ..tree import FOREIGN, DrawKind, RowTree
 from .tree_size import Calibration, CostModel, best_size, cost_model
 
 _FREE = 0.003  # of a round: a drafter that costs less is always asked
+_LEAST_BUDGET = 6
+_TRIAL = 32  # rounds before a drafter may be left alone: some need to see text before they are of use
 _FIRST_WAIT, _LAST_WAIT = 4, 256  # rounds until a drafter that did not pay is tried again, doubling
 _RECENT = 0.9  # weight of the past in running means
 
@@ -44,10 +46,10 @@ class Record:
     accepted: int = 0
 
     def wanted(self) -> bool:
-        return self.asked == 0 or self.gain >= 0 or self.idle >= self.wait
+        return self.asked < _TRIAL or self.gain >= 0 or self.idle >= self.wait
 
     def learn(self, gain: float) -> None:
-        probe = self.asked > 0 and self.gain < 0
+        probe = self.asked >= _TRIAL and self.gain < 0
         if probe and gain >= 0:
             self.gain = 0.0  # what did not pay then pays now
         else:
@@ -66,7 +68,8 @@ class Auto:
     What a drafter's score of a node is worth, the chance of acceptance, is learned from what was observed for such
     scores. Trees are merged by these chances and cut to the size with the most expected tokens per second, given the
     measured seconds of forwards by size; that size may be a single token. A drafter that costs more than it adds is
-    left alone, and tried again after 4, 8, ... 256 rounds. Choices depend on past rounds only, so they bias nothing.
+    left alone after a trial, and tried again after 4, 8, ... 256 rounds. Choices depend on past rounds only, so they
+    bias nothing.
 
     Args:
         drafters: deterministic ones that leave the target alone; by default suffix and token recycling. Add
@@ -101,6 +104,7 @@ class AutoSession:
         self._proposals: list[list[RowTree]] = []  # of each of them, by row
         self._sources: list[np.ndarray] = []  # by row, see merge
         self._spent: list[float] = []  # seconds by drafter, this round
+        self._budget = 1 << 10  # of the next round
 
     def propose(self, budgets: Sequence[int]) -> list[RowTree]:
         with self._lock:
@@ -109,6 +113,7 @@ class AutoSession:
                 record.idle += 1
         self._spent = [0.0] * len(self._sessions)
         self._proposals = []
+        budgets = [min(budget, self._budget) for budget in budgets]
         for d in self._asked:
             begun = time.perf_counter()
             self._proposals.append(self._sessions[d].propose(budgets))
@@ -118,24 +123,15 @@ class AutoSession:
             return [RowTree.root(token) for token in self._last]
         with self._lock:
             judged = [
-                [self._judged(tree, self._records[d].calibration) for tree in trees]
+                _judged(trees, self._records[d].calibration)
                 for d, trees in zip(self._asked, self._proposals, strict=True)
             ]
         merged, self._sources = self._merge(judged, budgets)
         size, rate = self._size(merged)
         self._weigh(judged, budgets, size, rate)
+        # Where few nodes pay, many are not worth proposing; where all do, there may be more.
+        self._budget = max(_LEAST_BUDGET, 2 * size)
         return [tree.first(size) for tree in merged]
-
-    @staticmethod
-    def _judged(tree: RowTree, calibration: Calibration) -> RowTree:
-        """The tree with chances for scores."""
-        if len(tree) == 1:
-            return tree
-        chances = [1.0, *calibration.chances(tree.scores[1:]).tolist()]
-        parents = tree.parents.tolist()
-        for node in range(1, len(chances)):
-            chances[node] = min(chances[node], chances[parents[node]])
-        return replace(tree, scores=np.array(chances, np.float32))
 
     def _merge(self, proposals: list[list[RowTree]], budgets: Sequence[int]) -> tuple[list[RowTree], list[np.ndarray]]:
         pairs = [merge(trees, budget) for trees, budget in zip(zip(*proposals, strict=True), budgets, strict=True)]
@@ -201,6 +197,16 @@ class AutoSession:
     def close(self) -> None:
         for session in self._sessions:
             session.close()
+
+
+def _judged(trees: Sequence[RowTree], calibration: Calibration) -> list[RowTree]:
+    """The trees with chances for scores."""
+    chances = calibration.chances(np.concatenate([tree.scores for tree in trees])).astype(np.float32)
+    ends = np.cumsum([len(tree) for tree in trees])
+    return [
+        RowTree(tree.tokens, tree.parents, chances[end - len(tree) : end], ids=tree.ids, fixed=tree.fixed)
+        for tree, end in zip(trees, ends, strict=True)
+    ]
 
 
 def unique_names(drafters: Sequence[Drafter]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from .. import _host
 from ..tree import FOREIGN, DrawKind, RowTree
 from .base import Drafter, DraftRequest, DraftSession, Needs, Verified
 from .early_exit import EarlyExit
@@ -90,43 +91,15 @@ def as_seen_by(d: int, verified: Verified, names: Sequence[np.ndarray]) -> Verif
 
 
 def merge(trees: Sequence[RowTree], budget: int) -> tuple[RowTree, np.ndarray]:
-    """One tree of at most ``budget`` nodes, best first, and where its nodes come from: i32[trees, nodes] by the merged
-    tree's ``ids``, the node of each tree, -1 where it has none."""
-    tokens, parents, scores, fixed = [int(trees[0].tokens[0])], [-1], [1.0], [True]
-    known: dict[tuple[int, int], int] = {}
-    places: list[list[int]] = []  # per tree and node: its merged node
-    for tree in trees:
-        place = [0]
-        own = zip(tree.tokens[1:].tolist(), tree.parents[1:].tolist(), tree.scores[1:].tolist(), strict=True)
-        for node, (token, parent, score) in enumerate(own, start=1):
-            key = (place[parent], token)
-            at = known.get(key)
-            if at is None:
-                at = known[key] = len(tokens)
-                tokens.append(token)
-                parents.append(key[0])
-                scores.append(score)
-                fixed.append(node < tree.fixed)
-            else:
-                scores[at] = max(scores[at], score)
-                fixed[at] |= node < tree.fixed
-            place.append(at)
-        places.append(place)
-    sources = np.full((len(trees), len(tokens)), -1, np.int32)
-    for d, place in enumerate(places):
-        sources[d, place] = np.arange(len(place))
-    # Fixed nodes first; parents, which come earlier and are never less likely, stay before their children.
-    order = np.lexsort((-np.array(scores), ~np.array(fixed)))
-    place_of = np.argsort(order)
-    moved = np.array(parents)[order]
-    merged = RowTree(
-        np.array(tokens, np.int32)[order],
-        np.where(moved >= 0, place_of[moved], -1).astype(np.int32),
-        np.array(scores, np.float32)[order],
-        ids=order.astype(np.int32),
-        fixed=int(sum(fixed)),
-    )
-    return merged.first(budget), sources
+    """One tree: equal paths once, with the highest score that any tree gave, but never above the parent's.
+
+    Returns:
+        A tree of at most ``budget`` nodes, best first after the fixed ones, its ``ids`` counting up; and where its
+        nodes come from: i32[trees, nodes], by those ids, the node of each tree, -1 where it has none.
+    """
+    drafts = [(tree.tokens, tree.parents, tree.scores, tree.fixed) for tree in trees]
+    tokens, parents, scores, fixed, sources = _host.merge_drafts(drafts, budget)
+    return RowTree(tokens, parents, scores, ids=np.arange(len(tokens), dtype=np.int32), fixed=fixed), sources
 
 
 def own_names(trees: Sequence[RowTree], sources: np.ndarray) -> np.ndarray:

@@ -1,0 +1,73 @@
+#include "host/merge_drafts.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace branchwise {
+
+MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget) {
+  struct Node {
+    int32_t token, parent;
+    float score;
+    bool fixed;
+    int32_t child = -1, sibling = -1;  // lists of children, for finding equal paths
+  };
+  std::vector<Node> nodes{{drafts.at(0).tokens[0], -1, 1.f, true}};
+  std::vector<std::vector<int32_t>> places(drafts.size());  // of every draft's nodes
+  for (size_t d = 0; d < drafts.size(); ++d) {
+    const DraftView& draft = drafts[d];
+    places[d].assign(1, 0);
+    for (int64_t i = 1; i < draft.size; ++i) {
+      if (draft.parents[i] < 0 || draft.parents[i] >= i)
+        throw std::invalid_argument("parents[" + std::to_string(i) + "] of draft " +
+                                    std::to_string(d) + " must be an earlier node, got " +
+                                    std::to_string(draft.parents[i]));
+      const int32_t parent = places[d][draft.parents[i]];
+      int32_t at = nodes[parent].child;
+      while (at >= 0 && nodes[at].token != draft.tokens[i]) at = nodes[at].sibling;
+      if (at < 0) {
+        at = static_cast<int32_t>(nodes.size());
+        nodes.push_back({draft.tokens[i], parent, draft.scores[i], i < draft.fixed});
+        nodes[at].sibling = nodes[parent].child;
+        nodes[parent].child = at;
+      } else {
+        nodes[at].score = std::max(nodes[at].score, draft.scores[i]);
+        nodes[at].fixed |= i < draft.fixed;
+      }
+      places[d].push_back(at);
+    }
+  }
+
+  MergedDraft merged;
+  merged.fixed = 1;
+  for (size_t i = 1; i < nodes.size(); ++i) {
+    nodes[i].score = std::min(nodes[i].score, nodes[nodes[i].parent].score);
+    merged.fixed += nodes[i].fixed;
+  }
+  // Parents, which come earlier and are never less likely, stay before their children.
+  std::vector<int32_t> order(nodes.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    if (nodes[a].fixed != nodes[b].fixed) return nodes[a].fixed;
+    return nodes[a].score > nodes[b].score;
+  });
+  const int64_t kept = std::max(budget, merged.fixed);
+  if (static_cast<int64_t>(order.size()) > kept) order.resize(kept);
+  std::vector<int32_t> rank(nodes.size(), -1);
+  for (size_t i = 0; i < order.size(); ++i) rank[order[i]] = static_cast<int32_t>(i);
+  for (const int32_t node : order) {
+    merged.draft.tokens.push_back(nodes[node].token);
+    merged.draft.parents.push_back(nodes[node].parent < 0 ? -1 : rank[nodes[node].parent]);
+    merged.draft.scores.push_back(nodes[node].score);
+  }
+  merged.sources.assign(drafts.size() * order.size(), -1);
+  for (size_t d = 0; d < drafts.size(); ++d)
+    for (size_t i = 0; i < places[d].size(); ++i)
+      if (rank[places[d][i]] >= 0)
+        merged.sources[d * order.size() + rank[places[d][i]]] = static_cast<int32_t>(i);
+  return merged;
+}
+
+}  // namespace branchwise

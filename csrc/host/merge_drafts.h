@@ -1,0 +1,31 @@
+// Several drafts of one row made one.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "host/draft.h"
+
+namespace branchwise {
+
+// A draft as it is handed in: pointers to its own arrays.
+struct DraftView {
+  const int32_t* tokens;
+  const int32_t* parents;
+  const float* scores;
+  int64_t size;   // nodes, at least the root
+  int64_t fixed;  // leading nodes that must stay
+};
+
+struct MergedDraft {
+  Draft draft;
+  int64_t fixed;
+  std::vector<int32_t> sources;  // [drafts][nodes]: the node of each draft, -1 where it has none
+};
+
+// The union of the drafts' paths, equal ones once, with the highest score that any draft gave, but
+// never above the parent's. Fixed nodes come first, then the likeliest; at most `budget` nodes, or
+// the fixed ones if they are more. All drafts have the same root. Throws std::invalid_argument on a
+// parent that is not an earlier node.
+MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget);
+
+}  // namespace branchwise
