@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TRANSFORMERS ?= transformers>=5.17
 SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
 
-.PHONY: test test-slow test-wheel test-sanitize demo lint format bench bench-kernels wheel clean
+.PHONY: test test-slow test-wheel test-sanitize demo lint format bench bench-kernels bench-peers wheel clean
 
 # torch first and pinned: any looser requirement pulls gigabytes of CUDA wheels.
 $(VENV)/.tools: pyproject.toml Makefile
@@ -76,6 +76,14 @@ bench: $(VENV)/.bench bench-kernels
 
 bench-kernels: $(VENV)/.bench
 	$(BIN)/python bench/kernels.py
+
+# Peers that bench/drafters.py compares with, in an environment of their own; they find torch and transformers in $(VENV).
+PEERS := build/peers
+bench-peers: $(VENV)/.bench
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps economize==0.3.2 flashspec==0.3.1
+	$(PIP) "pydantic>=2.0"
+	$(BIN)/python bench/drafters.py
 
 wheel: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .

@@ -246,7 +246,7 @@ def test_merge():
     tree, sources = merge([a, b], 5)
     names = own_names([a, b], sources)
     assert [tuple(tree.path(n)) for n in range(5)] == [(), (7,), (5,), (5, 6), (5, 6, 8)]
-    assert tree.scores.tolist() == pytest.approx([1, 0.6, 0.5, 0.3, 0.3])
+    assert tree.scores.tolist() == pytest.approx([1, 0.6, 0.4, 0.24, 0.24])
     assert names[0, tree.ids].tolist() == [-1, FOREIGN, 0, 1, FOREIGN]
     assert names[1, tree.ids].tolist() == sources[1, tree.ids].tolist() == [0, 1, 2, 3, 4]
     assert len(merge([a, b], 2)[0]) == 2

@@ -41,11 +41,30 @@ MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget) {
   }
 
   MergedDraft merged;
-  merged.fixed = 1;
+  merged.fixed = 0;
+  // Of a node's children, together, no more can be right than one: those that are trusted most take
+  // their share first. Scores become products of such shares.
+  std::vector<float> share(nodes.size());
+  std::vector<int32_t> children;
+  for (const Node& node : nodes) merged.fixed += node.fixed;
   for (size_t i = 1; i < nodes.size(); ++i) {
-    nodes[i].score = std::min(nodes[i].score, nodes[nodes[i].parent].score);
-    merged.fixed += nodes[i].fixed;
+    const float above = nodes[nodes[i].parent].score;
+    share[i] = above > 0 ? std::min(nodes[i].score / above, 1.f) : 0.f;
   }
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    children.clear();
+    for (int32_t c = nodes[i].child; c >= 0; c = nodes[c].sibling) children.push_back(c);
+    std::sort(children.begin(), children.end(), [&](int32_t a, int32_t b) {
+      return share[a] != share[b] ? share[a] > share[b] : a < b;
+    });
+    float left = 1;
+    for (const int32_t c : children) {
+      share[c] = std::min(share[c], left);
+      left -= share[c];
+    }
+  }
+  for (size_t i = 1; i < nodes.size(); ++i)
+    nodes[i].score = nodes[nodes[i].parent].score * share[i];
   // Parents, which come earlier and are never less likely, stay before their children.
   std::vector<int32_t> order(nodes.size());
   std::iota(order.begin(), order.end(), 0);

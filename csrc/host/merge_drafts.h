@@ -22,10 +22,10 @@ struct MergedDraft {
   std::vector<int32_t> sources;  // [drafts][nodes]: the node of each draft, -1 where it has none
 };
 
-// The union of the drafts' paths, equal ones once, with the highest score that any draft gave, but
-// never above the parent's. Fixed nodes come first, then the likeliest; at most `budget` nodes, or
-// the fixed ones if they are more. All drafts have the same root. Throws std::invalid_argument on a
-// parent that is not an earlier node.
+// The union of the drafts' paths, equal ones once, with the highest score that any draft gave, cut
+// where siblings together would be likelier than their parent. Fixed nodes come first, then the
+// likeliest; at most `budget` nodes, or the fixed ones if they are more. All drafts have the same
+// root. Throws std::invalid_argument on a parent that is not an earlier node.
 MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget);
 
 }  // namespace branchwise

@@ -1,8 +1,10 @@
 """Control flows, one file each."""
 
+from .auto import Auto
+from .bandit import Bandit
 from .keyed_sampler import PositionKeyedSampler
 from .stats import DecodeStats
 from .tree_run import TreeSpeculationOutput
 from .tree_speculation import TreeSpeculation
 
-__all__ = ["DecodeStats", "PositionKeyedSampler", "TreeSpeculation", "TreeSpeculationOutput"]
+__all__ = ["Auto", "Bandit", "DecodeStats", "PositionKeyedSampler", "TreeSpeculation", "TreeSpeculationOutput"]

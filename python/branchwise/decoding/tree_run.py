@@ -111,13 +111,16 @@ class TreeRun:
 
     def round(self, session: DraftSession) -> None:
         begun = time.perf_counter()
-        budgets = [self.budget(i) for i in range(len(self.rows))]
+        budgets: Sequence[int] = [1 if finished else self.max_nodes for finished in self.finished]
+        if self.sizer is not None:
+            budgets = self.sizer.budgets(budgets)
         roots = [int(self.texts[row][0, self.lengths[row] - 1]) for row in self.rows]
         vocabulary = self.model.config.get_text_config().vocab_size
         trees = check_proposals(session.propose(budgets), budgets, roots, vocabulary, self.draws)
         # Nodes that could not be emitted before max_length are not worth a forward.
         depths = [self.max_length - self.lengths[row] - 1 for row in self.rows]
         trees = [tree.up_to_depth(depth) for tree, depth in zip(trees, depths, strict=True)]
+        proposed = time.perf_counter()
         if self.sizer is not None:
             trees = self.sizer.choose(trees)
         tree = TokenTree(trees, self.target.store.seq_lens, self.draws)
@@ -131,14 +134,13 @@ class TreeRun:
         verdict = time.perf_counter()
         session.observe(verified)
         observed = time.perf_counter()
+        if self.sizer is not None:
+            self.sizer.spend(proposed - begun + observed - verdict)
         self.target.store.commit(accepted.nodes, accepted.count)
         self.drop_finished(session)
         self.stats.seconds_draft += drafted - begun + observed - verdict
         self.stats.seconds_forward += done - drafted
         self.stats.seconds_verify += time.perf_counter() - done - (observed - verdict)
-
-    def budget(self, i: int) -> int:
-        return 1 if self.finished[i] else self.max_nodes
 
     def accept(self, tree: TokenTree, logits: Tensor, seconds: float) -> tuple[Accepted, Verified]:
         """Applies the rule and emits; the counts come back cut where a row ended inside its accepted run."""

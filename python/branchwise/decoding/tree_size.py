@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from weakref import WeakKeyDictionary
 
@@ -17,6 +19,10 @@ _FORGET = 0.98  # per round: acceptance drifts with the text
 _SAMPLES = 9  # kept per size class, for a median that survives stalls of the machine
 _STALE = 400  # forwards after which a sample no longer counts
 _PRIOR_TRIES = 4.0
+_FREE = 0.003  # of a forward: a drafter that costs less is always asked
+_TRIAL, _TRIAL_COST = 32, 3.0  # rounds, or forwards' worth of drafting, before a drafter may be left alone
+_FIRST_WAIT, _LAST_WAIT = 4, 256  # rounds until a drafter that did not pay is tried again, doubling
+_RECENT = 0.9  # weight of the past in running means
 _PRIOR_SLOPE = 0.04  # cost of one more token relative to the smallest forward, where nothing was measured
 
 
@@ -66,13 +72,12 @@ class Calibration:
     which starts at the score itself."""
 
     def __init__(self) -> None:
-        centres = ((np.arange(_SCORE_BUCKETS) + 0.5) / _SCORE_BUCKETS) ** 2
-        self._prior_hits, self._prior_tries = _PRIOR_TRIES * centres, _PRIOR_TRIES
+        self._prior_hits = _PRIOR_TRIES * ((np.arange(_SCORE_BUCKETS) + 0.5) / _SCORE_BUCKETS) ** 2
         self.hits, self.tries = np.zeros(_SCORE_BUCKETS), np.zeros(_SCORE_BUCKETS)
 
     def chances(self, scores: np.ndarray) -> np.ndarray:
         """Estimated probability of acceptance for drafter scores in [0, 1]."""
-        rate = (self.hits + self._prior_hits) / (self.tries + self._prior_tries)
+        rate = (self.hits + self._prior_hits) / (self.tries + _PRIOR_TRIES)
         return rate[_bucket(scores)]
 
     def observe(self, scores: np.ndarray, accepted: np.ndarray) -> None:
@@ -86,20 +91,98 @@ class Calibration:
         np.add.at(self.tries, bucket, 1.0)
 
 
+@dataclass
+class Record:
+    """What is known about one drafter.
+
+    Attributes:
+        seconds: of proposing and observing in a round; running mean.
+        gain: log of the ratio of expected tokens per second with the drafter to those without; running mean.
+        invested: what it has cost so far, in forwards.
+        wait: rounds until it is tried again if it does not pay.
+        idle: rounds since it was asked.
+        asked: rounds in which it was.
+        drafted, accepted: its nodes.
+    """
+
+    seconds: float = 0.0
+    gain: float = 0.0
+    invested: float = 0.0
+    wait: int = _FIRST_WAIT
+    idle: int = 0
+    asked: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def wanted(self) -> bool:
+        """Whether to ask it in this round."""
+        return self._on_trial() or self.gain >= 0 or self.idle >= self.wait
+
+    def _on_trial(self) -> bool:
+        # Some need to see text before they are of use; others are too dear to wait for that.
+        return self.asked < _TRIAL and self.invested < _TRIAL_COST
+
+    def is_free(self, forward: float) -> bool:
+        """Its cost does not matter beside a forward of so many seconds."""
+        return self.seconds <= _FREE * forward
+
+    def spend(self, seconds: float) -> None:
+        """It took so long in this round."""
+        self.seconds = seconds if self.asked < 2 else _RECENT * self.seconds + (1 - _RECENT) * seconds
+
+    def learn(self, rate: float, without: float, seconds: float) -> None:
+        """It was asked.
+
+        Args:
+            rate, without: expected tokens per second of the forward with what it proposed, and without.
+            seconds: of that forward.
+        """
+        share = float(self.seconds / seconds)
+        # What costs next to nothing is worth asking whatever it says today.
+        gain = 0.0 if self.is_free(seconds) else math.log(rate / without) - math.log1p(share)
+        probe = not self._on_trial() and self.gain < 0
+        self.invested += share
+        if probe and gain >= 0:
+            self.gain = 0.0  # what did not pay then pays now
+        else:
+            self.gain = gain if self.asked == 0 else _RECENT * self.gain + (1 - _RECENT) * gain
+        if self.gain >= 0:
+            self.wait = _FIRST_WAIT
+        elif probe:
+            self.wait = min(2 * self.wait, _LAST_WAIT)
+        self.asked += 1
+        self.idle = 0
+
+
 class TreeSizer:
-    """Chooses how many nodes to verify, and learns from every round.
+    """Chooses for one drafter whether to ask it and how many nodes to verify, and learns from every round.
 
     The size chosen maximises (sum over rows of 1 + sum of chances) / seconds; it may be 1, which is plain decoding.
     Nothing depends on this round's draws.
     """
 
     def __init__(self, cost: CostModel) -> None:
-        self.cost, self.calibration = cost, Calibration()
+        self.cost, self.record, self.calibration = cost, Record(), Calibration()
+        self._asked = False
+
+    def budgets(self, budgets: Sequence[int]) -> Sequence[int]:
+        """1 for every row in a round that is better off without drafts."""
+        self.record.idle += 1
+        self._asked = self.record.wanted()
+        return budgets if self._asked else [1] * len(budgets)
 
     def choose(self, trees: Sequence[RowTree]) -> list[RowTree]:
         """The trees cut to the best common number of nodes."""
-        size, _ = best_size([(self.calibration.chances(tree.scores[1:]), tree.fixed) for tree in trees], self.cost)
+        size, rate = best_size([(self.calibration.chances(tree.scores[1:]), tree.fixed) for tree in trees], self.cost)
+        if self._asked:
+            forward, single = self.cost.seconds(len(trees) * np.array([size, 1]))
+            self.record.learn(rate, len(trees) / single, forward)
         return [tree.first(size) for tree in trees]
+
+    def spend(self, seconds: float) -> None:
+        """The round's drafting took so long."""
+        if self._asked:
+            self.record.spend(seconds)
 
     def observe(self, tree: RowTree, accepted: Sequence[int]) -> None:
         """``accepted``: node ids of the accepted path, root included."""

@@ -15,6 +15,7 @@ from ..drafters import Drafter, make_drafter
 from ..noise import Noise, Seed, row_seeds
 from ..tree import DrawKind
 from .auto import Auto
+from .bandit import Bandit
 from .request import callers_streamer, check_request, prompt_starts, row_processors
 from .stats import DecodeStats
 from .tree_run import TreeRun, TreeSpeculationOutput
@@ -84,7 +85,8 @@ class TreeSpeculation:
         prompts = [input_ids[b, start:] for b, start in enumerate(starts)]
         seeds = row_seeds(self.seed, len(prompts)) if config.do_sample or not rule.exact else [0] * len(prompts)
         drawn = self.drafter.draws is not DrawKind.DETERMINISTIC and config.do_sample
-        adaptive = self.adaptive and not drawn and not isinstance(self.drafter, Auto)  # which sizes trees itself
+        # The controllers size their trees themselves.
+        adaptive = self.adaptive and not drawn and not isinstance(self.drafter, (Auto, Bandit))
         cost = cost_model(model)
         sizer = self._sizers.setdefault(model, TreeSizer(cost))
         run = TreeRun(

@@ -90,8 +90,18 @@ def as_seen_by(d: int, verified: Verified, names: Sequence[np.ndarray]) -> Verif
     return replace(verified, tree=tree)
 
 
+def foreign(verified: Verified) -> Verified:
+    """``verified`` as a drafter sees it whose trees were not used."""
+    if verified.tree is None:
+        return verified
+    tree = copy.copy(verified.tree)
+    tree.rows = [replace(row, ids=np.full(len(row), FOREIGN, np.int32), fixed=1) for row in verified.tree.rows]
+    return replace(verified, tree=tree)
+
+
 def merge(trees: Sequence[RowTree], budget: int) -> tuple[RowTree, np.ndarray]:
-    """One tree: equal paths once, with the highest score that any tree gave, but never above the parent's.
+    """One tree: equal paths once, with the highest score that any tree gave, cut where siblings together would be
+    likelier than their parent.
 
     Returns:
         A tree of at most ``budget`` nodes, best first after the fixed ones, its ``ids`` counting up; and where its
