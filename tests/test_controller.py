@@ -11,8 +11,9 @@ import tiny
 from branchwise.decoding import Auto, Bandit
 from branchwise.decoding.auto import unique_names
 from branchwise.decoding.bandit import BegMab, Elastic, Strategy
-from branchwise.decoding.tree_size import Record, cost_model
-from branchwise.drafters import EarlyExit, Jacobi, Lookahead, Model, Suffix, TokenRecycling, Trie
+from branchwise.decoding.profile import Profile
+from branchwise.decoding.tree_size import CostModel, Record, cost_model
+from branchwise.drafters import DraftRequest, EarlyExit, Jacobi, Lookahead, Model, Suffix, TokenRecycling, Trie
 from random_drafter import RandomTrees
 from test_sampling import run
 
@@ -161,3 +162,46 @@ def test_names():
 def test_bad_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_profile_brings_back_what_was_learned(tmp_path):
+    model = tiny.model("llama")
+    ids, mask = tiny.prompts(2, 3)
+    path = tmp_path / "profile.json"
+    first = Auto(profile=path, task="letters")  # no such file yet
+    spec = bw.TreeSpeculation(first)
+    for _ in range(3):
+        run(model, ids, mask, spec, do_sample=False, top_k=None, max_new_tokens=N)
+    first.save(path, model)
+    again = Auto(profile=path, task="letters")
+    again.begin(DraftRequest([np.int32([1, 2])], target=model))
+    assert again.records == first.records
+    assert np.array_equal(again.calibration.tries, first.calibration.tries) and again.calibration.tries.sum() > 0
+    other = Auto(profile=path, task="digits")
+    other.begin(DraftRequest([np.int32([1, 2])], target=model))
+    assert other.calibration.tries.sum() == 0  # another task, and nothing is known for all
+    general = Auto()
+    general.save(path, model)
+    assert Profile(path).find(model, "digits") is not None
+    assert Profile(path).find(model, "letters")["records"]["Suffix"]["asked"] == first.records["Suffix"].asked
+    assert Profile(path).find(tiny.model("qwen3"), "letters") is None
+
+
+def test_what_is_no_profile_is_refused(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="path must name a profile written by branchwise tune"):
+        Auto(profile=path)
+    path.write_text('{"version": 99, "entries": {}}')
+    with pytest.raises(ValueError, match="has version 99"):
+        Auto(profile=path)
+
+
+def test_costs_are_restored_where_none_were_measured():
+    old, new = CostModel(), CostModel()
+    for _ in range(3):
+        old.observe(1, 0.03)
+        old.observe(8, 0.04)
+    new.observe(1, 0.01)
+    new.restore(old.state())
+    assert new.seconds(np.array([1]))[0] == 0.01 and new.seconds(np.array([8]))[0] == 0.04

@@ -123,3 +123,26 @@ def test_generate_command(tmp_path):
     assert "tokens per forward" in result.stderr
     missing = subprocess.run([*command[:5], "/nowhere", "--prompt", "x"], capture_output=True, text=True, check=False)
     assert missing.returncode == 1 and "--model must be a folder, got '/nowhere'" in missing.stderr
+
+
+def test_tune_command(tmp_path):
+    """Writes a profile that generate starts from."""
+    import tiny
+    from test_tree_speculation import letter_tokenizer
+
+    model, profile, prompts = tmp_path / "model", tmp_path / "profile.json", tmp_path / "prompts.txt"
+    tiny.model("llama").save_pretrained(model)
+    letter_tokenizer().save_pretrained(model)
+    prompts.write_text("hello\nworld\n")
+    branchwise = [sys.executable, "-m", "branchwise.cli"]
+    tune = [*branchwise, "tune", "--model", str(model), "--profile", str(profile), "--task", "letters"]
+    result = subprocess.run([*tune, "--prompts", str(prompts)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and profile.exists(), result.stderr
+    for words in ("2 prompts, ", "tokens per forward", "Suffix ", "TokenRecycling ", "forward of 1: "):
+        assert words in result.stdout
+    use = ["--model", str(model), "--prompt", "hello", "--profile", str(profile), "--task", "letters"]
+    result = subprocess.run([*branchwise, "generate", *use], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    prompts.write_text("")
+    result = subprocess.run([*tune, "--prompts", str(prompts)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "--prompts must hold at least one prompt" in result.stderr

@@ -7,7 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .cache import KVStore as KVStore
+    from .decoding import Auto as Auto
     from .decoding import DecodeStats as DecodeStats
+    from .decoding import EarlyExitLossy as EarlyExitLossy
     from .decoding import PositionKeyedSampler as PositionKeyedSampler
     from .decoding import TreeSpeculation as TreeSpeculation
     from .decoding import TreeSpeculationOutput as TreeSpeculationOutput
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 # Loaded on first use: `import branchwise` alone stays cheap and loads neither torch nor transformers.
 _HOME = {
     "KVStore": "cache",
+    "Auto": "decoding",
     "DecodeStats": "decoding",
+    "EarlyExitLossy": "decoding",
     "PositionKeyedSampler": "decoding",
     "TreeSpeculation": "decoding",
     "TreeSpeculationOutput": "decoding",

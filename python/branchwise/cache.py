@@ -93,18 +93,18 @@ class KVStore(Cache):
     def commit(self, accepted: Tensor, num_accepted: Tensor) -> None:
         """Keeps the accepted nodes of the last append and forgets the rest; see :func:`branchwise.ops.commit_kv`."""
         caches = [tensor for layer in self._used_layers() for tensor in (layer.keys, layer.values)]
-        self._set_lengths(ops.commit_kv(caches, accepted, num_accepted, self.seq_lens))
+        self.set_lengths(ops.commit_kv(caches, accepted, num_accepted, self.seq_lens))
 
     def advance(self, counts: Tensor) -> None:
         """Keeps the first ``counts[b]`` (i32[B]) new tokens of each row as they lie: a prompt, or an accepted chain."""
-        self._set_lengths(self.seq_lens + counts)
+        self.set_lengths(self.seq_lens + counts)
 
     def select_rows(self, rows: list[int]) -> None:
         """Keeps only these rows, in this order."""
         index = torch.tensor(rows)
         for layer in self._used_layers():
             layer.keys, layer.values = layer.keys[index], layer.values[index]
-        self._set_lengths(self.seq_lens[index])
+        self.set_lengths(self.seq_lens[index])
 
     def row(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values [Hkv, P, D] of one row, as views."""
@@ -131,7 +131,8 @@ class KVStore(Cache):
         new[:, :, :used] = old[:, :, :used]
         return new
 
-    def _set_lengths(self, seq_lens: Tensor) -> None:
+    def set_lengths(self, seq_lens: Tensor) -> None:
+        """Makes i32[B] ``seq_lens`` the committed tokens: fewer to forget some, others where layers differ."""
         self.seq_lens = self.append_at = seq_lens
         self.max_length = int(seq_lens.max())
         self._pending = 0

@@ -1,4 +1,4 @@
-"""The command line: ``branchwise info``, ``demo`` and ``generate``."""
+"""The command line: ``branchwise info``, ``demo``, ``generate`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+DRAFTERS = ("auto", "jacobi", "lookahead", "prompt_lookup", "suffix", "token_recycling", "trie")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,12 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=256)
     generate.add_argument("--dtype", choices=DTYPES, default="float32")
-    generate.add_argument("--drafter", choices=("trie", "prompt_lookup"), default="trie")
+    generate.add_argument("--drafter", choices=DRAFTERS, default="auto")
+    generate.add_argument("--profile", help='what "branchwise tune" learned, for --drafter auto')
+    generate.add_argument("--task", default="", help="which part of the profile")
     generate.add_argument("--max-nodes", type=int, default=32)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     generate.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+
+    tune = commands.add_parser("tune", help="measure costs and acceptance on your prompts and write a profile")
+    tune.add_argument("--model", required=True, help="folder of a transformers model")
+    tune.add_argument("--prompts", required=True, help="text file, one prompt per line, or a JSON list of strings")
+    tune.add_argument("--profile", required=True, help="JSON file to write; other entries in it stay")
+    tune.add_argument("--task", default="", help="a tag for this kind of prompts; none stands for all")
+    tune.add_argument("--max-new-tokens", type=int, default=64)
+    tune.add_argument("--dtype", choices=DTYPES, default="float32")
+    tune.add_argument("--chat", action="store_true", help="wrap the prompts in the model's chat template")
     options = parser.parse_args(arguments)
-    return {"info": _info, "demo": _demo, "generate": _generate}[options.command](options)
+    return {"info": _info, "demo": _demo, "generate": _generate, "tune": _tune}[options.command](options)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -74,25 +87,75 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer of --model; exits with a message if it is no folder."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-
-    from .decoding import TreeSpeculation
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not os.path.isdir(options.model):
-        print(f"branchwise generate: --model must be a folder, got {options.model!r}", file=sys.stderr)
-        return 1
+        sys.exit(f"branchwise {options.command}: --model must be a folder, got {options.model!r}")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
-    if options.chat:
-        message = [{"role": "user", "content": options.prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval(), tokenizer
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    import numpy as np
+
+    from .decoding import Auto, TreeSpeculation
+    from .decoding.tree_size import cost_model
+
+    text = Path(options.prompts).read_text()
+    prompts = json.loads(text) if options.prompts.endswith(".json") else [line for line in text.splitlines() if line]
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        print(f"branchwise tune: --prompts must hold at least one prompt, got {options.prompts!r}", file=sys.stderr)
+        return 1
+    model, tokenizer = _load(options)
+    auto = Auto(profile=options.profile, task=options.task)
+    spec = TreeSpeculation(auto)
+    emitted = forwards = 0
+    for prompt in prompts:
+        inputs = _encode(tokenizer, prompt, options.chat)
+        model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            custom_generate=spec,
         )
-    else:
-        inputs = tokenizer(options.prompt, return_tensors="pt")
-    spec = TreeSpeculation(options.drafter, options.max_nodes)
+        emitted, forwards = emitted + spec.stats.emitted, forwards + spec.stats.row_forwards
+    auto.save(options.profile, model)
+    print(f"{len(prompts)} prompts, {emitted / forwards:.2f} tokens per forward")
+    for name, record in auto.records.items():
+        print(
+            f"{name:16s} asked {record.asked:5d} times, {record.accepted} of {record.drafted} nodes accepted, "
+            f"{record.seconds * 1e3:.2f} ms per round, {'pays' if record.gain >= 0 else 'does not pay'}"
+        )
+    sizes = np.array([1, 2, 4, 8, 16, 32])
+    times = cost_model(model).seconds(sizes) * 1e3
+    print("forward of " + ", ".join(f"{n}: {t:.1f} ms" for n, t in zip(sizes, times, strict=True)))
+    print(f"written to {options.profile}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from transformers import TextStreamer
+
+    from .decoding import Auto, TreeSpeculation
+
+    model, tokenizer = _load(options)
+    inputs = _encode(tokenizer, options.prompt, options.chat)
+    drafter = Auto(profile=options.profile, task=options.task) if options.drafter == "auto" else options.drafter
+    spec = TreeSpeculation(drafter, options.max_nodes)
     sampling: dict[str, object] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature}

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Needs, Suffix, TokenRecycling, Verified
 from ..drafters.hybrid import as_seen_by, foreign, merge, own_names
 from ..tree import DrawKind, RowTree
+from .profile import Profile
 from .tree_size import Calibration, CostModel, Record, best_size, cost_model
 
 _LEAST_BUDGET, _LEAST_NODES = 6, 32  # nodes that are proposed where few pay: per row, and in all
-_WEIGH_EVERY = 4  # rounds: what a drafter brings costs about as much to know as to use
+# What a cheap drafter brings costs about as much to know as to use, so it is not asked in every round.
+_CHEAP, _WEIGH_EVERY = 0.05, 4  # of a forward; rounds
 
 
 class Auto:
@@ -30,24 +35,53 @@ class Auto:
     Args:
         drafters: deterministic ones that leave the target alone; by default suffix and token recycling. Add
             ``Model(draft_model)`` if you have one.
+        profile: a file that :meth:`save` or ``branchwise tune`` wrote, to start from what was learned for this model
+            and task on this machine; a file that does not exist is no error.
+        task: a tag of your choice for the kind of texts, such as "code".
 
     Raises:
-        ValueError: an unsuitable drafter.
+        ValueError: an unsuitable drafter, or a file that is not a profile.
     """
 
     draws = DrawKind.DETERMINISTIC
 
-    def __init__(self, *drafters: Drafter) -> None:
+    def __init__(self, *drafters: Drafter, profile: str | os.PathLike[str] | None = None, task: str = "") -> None:
         self.drafters = Hybrid(*(drafters or (Suffix(), TokenRecycling()))).drafters
         self.needs = Needs.NOTHING
         for drafter in self.drafters:
             self.needs |= drafter.needs
         self.records = {name: Record() for name in unique_names(self.drafters)}
         self.calibration = Calibration()
+        self.task = task
+        self._profile = None if profile is None else Profile(profile)
         self.lock = threading.Lock()
 
     def begin(self, request: DraftRequest) -> AutoSession:
+        if self._profile is not None and request.target is not None:
+            learned = self._profile.find(request.target, self.task)
+            self._profile = None  # later calls go on from what this one learned
+            if learned is not None:
+                self._restore(learned, cost_model(request.target))
         return AutoSession(self, request)
+
+    def save(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+        """Adds what was learned for ``model`` and this object's task to a profile, which is made if need be."""
+        with self.lock:
+            learned = {
+                "calibration": self.calibration.state(),
+                "records": {name: asdict(record) for name, record in self.records.items()},
+                "cost": cost_model(model).state(),
+            }
+        Profile(path).put(model, self.task, learned)
+
+    def _restore(self, learned: Any, cost: CostModel) -> None:
+        with self.lock:
+            self.calibration.restore(learned["calibration"])
+            for name, record in learned["records"].items():
+                if name in self.records:  # this one may have other drafters
+                    for key, value in record.items():
+                        setattr(self.records[name], key, value)
+            cost.restore(learned["cost"])
 
 
 class AutoSession:
@@ -97,7 +131,7 @@ class AutoSession:
         for i, d in enumerate(self._asked):
             record = self._records[d]
             free = record.is_free(forward)
-            if not free and record.asked % _WEIGH_EVERY:
+            if not free and record.seconds < _CHEAP * forward and record.asked % _WEIGH_EVERY:
                 record.asked, record.idle = record.asked + 1, 0
                 continue
             without = rate

@@ -22,7 +22,7 @@ _PRIOR_TRIES = 4.0
 _FREE = 0.003  # of a forward: a drafter that costs less is always asked
 _TRIAL, _TRIAL_COST = 32, 3.0  # rounds, or forwards' worth of drafting, before a drafter may be left alone
 _FIRST_WAIT, _LAST_WAIT = 4, 256  # rounds until a drafter that did not pay is tried again, doubling
-_RECENT = 0.9  # weight of the past in running means
+_RECENT, _RECENT_GAIN = 0.9, 0.8  # weight of the past in running means
 _PRIOR_SLOPE = 0.04  # cost of one more token relative to the smallest forward, where nothing was measured
 
 
@@ -66,6 +66,17 @@ class CostModel:
         below, above = np.minimum(tokens - sizes[0], 0.0), np.maximum(tokens - sizes[-1], 0.0)
         return np.maximum(np.interp(tokens, sizes, curve) + slope * (below + above), 0.3 * curve[0])
 
+    def state(self) -> list[tuple[int, float]]:
+        """The samples, for :meth:`restore`."""
+        return [(n, t) for _, samples in sorted(self._classes.items()) for _, n, t in samples]
+
+    def restore(self, samples: Sequence[tuple[int, float]]) -> None:
+        """Adds samples of an earlier process where this one has none."""
+        known = set(self._classes)
+        for n, t in samples:
+            if (n - 1).bit_length() not in known:
+                self.observe(n, t)
+
 
 class Calibration:
     """Chance that a node is accepted, by its drafter's score: the observed frequency among nodes of similar score,
@@ -89,6 +100,14 @@ class Calibration:
         self.tries *= _FORGET
         np.add.at(self.hits, bucket, accepted.astype(np.float64))
         np.add.at(self.tries, bucket, 1.0)
+
+    def state(self) -> dict[str, list[float]]:
+        """For :meth:`restore`."""
+        return {"hits": self.hits.tolist(), "tries": self.tries.tolist()}
+
+    def restore(self, state: dict[str, list[float]]) -> None:
+        """Goes on from what was learned before."""
+        self.hits, self.tries = np.array(state["hits"]), np.array(state["tries"])
 
 
 @dataclass
@@ -145,7 +164,7 @@ class Record:
         if probe and gain >= 0:
             self.gain = 0.0  # what did not pay then pays now
         else:
-            self.gain = gain if self.asked == 0 else _RECENT * self.gain + (1 - _RECENT) * gain
+            self.gain = gain if self.asked == 0 else _RECENT_GAIN * self.gain + (1 - _RECENT_GAIN) * gain
         if self.gain >= 0:
             self.wait = _FIRST_WAIT
         elif probe:
