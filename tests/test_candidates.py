@@ -4,13 +4,16 @@ import copy
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers as tf
 from transformers.generation import candidate_generator as hf
 
 import branchwise as bw
 import tiny
 from branchwise.drafters import Candidates, DraftRequest, PromptLookup
 from test_sampling import run
+from test_tree_speculation import letter_tokenizer
 
 
 def lookup(ids):
@@ -67,3 +70,25 @@ def test_refuses_a_generator_that_changes_the_text():
     ids, mask = tiny.prompts(1, 2)
     with pytest.raises(ValueError, match=r"Rude.get_candidates must return its input and tokens behind it"):
         run(tiny.model("llama"), ids, mask, bw.TreeSpeculation(Candidates(lambda ids: Rude())))
+
+
+def test_another_tokenizer_is_translated():
+    """The target itself with its vocabulary reversed: what it drafts in its own ids is right in the target's."""
+    target = tiny.model("llama")
+    draft = copy.deepcopy(target)
+    with torch.no_grad():
+        for weights in (draft.get_input_embeddings().weight, draft.get_output_embeddings().weight):
+            weights.copy_(weights.flip(0).clone())
+    draft.generation_config.eos_token_id = draft.generation_config.bos_token_id = None
+    reversed_letters = {letter: 127 - i for letter, i in letter_tokenizer().get_vocab().items()}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(reversed_letters, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    theirs = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    ids = torch.tensor([[20, 30, 40, 50, 60], [25, 35, 45, 55, 65]])
+    mask = torch.ones_like(ids)
+    plain = run(target, ids, mask, None, do_sample=False, top_k=None)
+    drafter = Candidates.translated(draft, theirs, letter_tokenizer())
+    spec = bw.TreeSpeculation(drafter, adaptive=False)
+    assert torch.equal(plain, run(target, ids, mask, spec, do_sample=False, top_k=None))
+    assert spec.stats.accepted > 0

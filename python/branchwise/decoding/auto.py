@@ -129,13 +129,12 @@ class AutoSession:
         """What would the round be without each of the drafters?"""
         forward, single = self._cost.seconds(len(budgets) * np.array([size, 1]))
         for i, d in enumerate(self._asked):
-            record = self._records[d]
-            free = record.is_free(forward)
-            if not free and record.seconds < _CHEAP * forward and record.asked % _WEIGH_EVERY:
-                record.asked, record.idle = record.asked + 1, 0
-                continue
-            without = rate
-            if not free:
+            record, without = self._records[d], rate
+            if not record.is_free(forward):
+                if record.seconds < _CHEAP * forward and record.asked % _WEIGH_EVERY:
+                    with self._lock:
+                        record.skip()
+                    continue
                 others = self._proposals[:i] + self._proposals[i + 1 :]
                 without = self._size(_merge(others, budgets)[0])[1] if others else len(budgets) / single
             with self._lock:

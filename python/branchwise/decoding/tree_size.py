@@ -19,7 +19,7 @@ _FORGET = 0.98  # per round: acceptance drifts with the text
 _SAMPLES = 9  # kept per size class, for a median that survives stalls of the machine
 _STALE = 400  # forwards after which a sample no longer counts
 _PRIOR_TRIES = 4.0
-_FREE = 0.003  # of a forward: a drafter that costs less is always asked
+_FREE = 0.01  # of a forward: a drafter that costs less is always asked, since texts change
 _TRIAL, _TRIAL_COST = 32, 3.0  # rounds, or forwards' worth of drafting, before a drafter may be left alone
 _FIRST_WAIT, _LAST_WAIT = 4, 256  # rounds until a drafter that did not pay is tried again, doubling
 _RECENT, _RECENT_GAIN = 0.9, 0.8  # weight of the past in running means
@@ -169,6 +169,10 @@ class Record:
             self.wait = _FIRST_WAIT
         elif probe:
             self.wait = min(2 * self.wait, _LAST_WAIT)
+        self.skip()
+
+    def skip(self) -> None:
+        """It was asked, and what it brought was not looked at."""
         self.asked += 1
         self.idle = 0
 

@@ -33,10 +33,12 @@ class TreeSpeculation:
     influence each other's speed. ``stats`` describes the last finished call.
 
     Args:
-        drafter: "trie", "prompt_lookup", or any :class:`branchwise.drafters.Drafter`.
+        drafter: "auto" (:class:`branchwise.Auto`), a name in :data:`branchwise.drafters.BY_NAME`, or any
+            :class:`branchwise.drafters.Drafter`.
         max_nodes: most nodes per row and forward, root included.
-        adaptive: verify only as many nodes as pay, by measured cost and acceptance; False always uses ``max_nodes``.
-            Drafts that are drawn are never cut, as that would depend on the draws.
+        adaptive: ask the drafter only in rounds where it pays and verify only as many nodes as pay, by measured cost
+            and acceptance; False always uses ``max_nodes``. Controllers ("auto") do so whatever is said here. Drafts
+            that are drawn are never cut, as that would depend on the draws.
         rule: an acceptance rule or its name; None for the exact one that accepts most, see
             :func:`branchwise.acceptance.choose_rule`.
         seed: of the noise when sampling, see :func:`branchwise.noise.row_seeds`. A row's noise depends on its seed
@@ -49,7 +51,7 @@ class TreeSpeculation:
 
     def __init__(
         self,
-        drafter: str | Drafter = "trie",
+        drafter: str | Drafter = "auto",
         max_nodes: int = 32,
         adaptive: bool = True,
         rule: str | Rule | None = None,

@@ -26,7 +26,7 @@ def make_drafter(drafter: str | Drafter) -> Drafter:
     if not isinstance(drafter, str):
         return drafter
     if drafter not in BY_NAME:
-        raise ValueError(f"drafter must be a Drafter or one of {', '.join(sorted(BY_NAME))}, got {drafter!r}")
+        raise ValueError(f"drafter must be a Drafter, 'auto' or one of {', '.join(sorted(BY_NAME))}, got {drafter!r}")
     return BY_NAME[drafter]()
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.generation.candidate_generator import CandidateGenerator
+from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGeneratorDifferentTokenizers,
+    CandidateGenerator,
+)
 
 from ..tree import DrawKind, RowTree
 from .base import DraftRequest, Needs, Verified
@@ -31,6 +37,26 @@ class Candidates:
 
     def __init__(self, make: Callable[[Tensor], CandidateGenerator]) -> None:
         self.make = make
+
+    @classmethod
+    def translated(cls, model: PreTrainedModel, tokenizer: Any, target_tokenizer: Any) -> Candidates:
+        """Chains of a draft model with another tokenizer, by transformers' universal assisted generation: its tokens
+        are decoded to text and encoded with the target's tokenizer. The draft model must not be the target itself.
+
+        Args:
+            model: the draft model.
+            tokenizer, target_tokenizer: the draft model's and the target's.
+        """
+
+        def make(ids: Tensor) -> CandidateGenerator:
+            config = copy.deepcopy(model.generation_config)
+            config.update(max_length=1 << 30, min_length=0, do_sample=False)
+            kwargs = {"attention_mask": torch.ones_like(ids)}
+            return AssistedCandidateGeneratorDifferentTokenizers(
+                ids, model, target_tokenizer, tokenizer, config, kwargs
+            )
+
+        return cls(make)
 
     def begin(self, request: DraftRequest) -> CandidatesSession:
         return CandidatesSession(self.make, request.prompts, request.eos)
