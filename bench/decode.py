@@ -2,7 +2,7 @@
 
 Method: for every prompt of six kinds (bench/prompts.py), the decoders run in turn in one process, each with
 --max-new-tokens greedy tokens; that is repeated --repeats times and medians are taken per prompt. "cold" is a new
-TreeSpeculation per prompt (empty trie; what a forward costs was learned on the prompts before, as in any running
+TreeSpeculation("trie") per prompt (empty; what a forward costs was learned on the prompts before, as in any running
 process); "warm" asks the same prompt again. Decode speed counts tokens after the first, from the moment the first one
 arrived, so that the prompt's forward, which is the same for all, does not dilute the ratios; total speed has it in.
 In bf16 two correct decoders may emit different texts; speed is tokens over seconds of each one's own text.
@@ -64,7 +64,7 @@ def measure(model: Any, tokenizer: Any, prompt: str, new_tokens: int, repeats: i
     length = inputs["input_ids"].shape[1]
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(repeats):
-        spec = bw.TreeSpeculation()
+        spec = bw.TreeSpeculation("trie")
         for name, options in (
             ("plain", {}),
             ("prompt lookup", {"prompt_lookup_num_tokens": 10}),

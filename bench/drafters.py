@@ -241,7 +241,7 @@ def summary(rows: list[dict[str, Any]]) -> None:
     speed = {(row["kind"], row["drafter"]): row["x_plain_decode"] for row in rows}
     fixed = {row["drafter"] for row in rows} - {"plain", *CONTROLLERS, *EXTRA}
     fixed = {name for name in fixed if "(" not in name}
-    for controller in CONTROLLERS:
+    for controller in (name for name in CONTROLLERS if (kinds[0], name) in speed):
         best = [speed[k, controller] / max(speed[k, name] for name in fixed) for k in kinds]
         worst = min(speed[k, controller] for k in kinds)
         print(f"  {controller}: worst kind {worst:.2f}x plain; over the best fixed drafter, least {min(best):.2f}")
@@ -295,9 +295,9 @@ def main() -> None:
                         f"{row['tokens_per_forward'] or '':>7} t/fwd {share:>6} draft  same {row['same']}",
                         flush=True,
                     )
-            print(f"\n{dtype} batch {size}")
+            path = facts.record(f"drafters-{dtype}-batch{size}", machine, rows)
+            print(f"\n{dtype} batch {size}, written to {path}")
             summary(rows)
-            print(f"  written to {facts.record(f'drafters-{dtype}-batch{size}', machine, rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def generate(model, inputs, new_tokens, spec=None, **options):
 
 
 def check_singles_and_batches(texts, new_tokens, batch_size):
-    """fp32: equal to plain generate, single (trie cold and warm) and in ragged batches; the KV store is right."""
+    """fp32: equal to plain generate, single (drafters cold and warm) and in ragged batches; the KV store is right."""
     model, tokenizer = smollm2(torch.float32)
-    spec = bw.TreeSpeculation()  # keeps its trie over all prompts: cold on the first, filled by others later
+    spec = bw.TreeSpeculation()  # keeps its stores over all prompts: cold on the first, filled by others later
     for text in texts:
         inputs = encode(tokenizer, [text])
         plain = generate(model, inputs, new_tokens)
