@@ -22,6 +22,9 @@ _LEAST_BUDGET, _LEAST_NODES = 6, 32  # nodes that are proposed where few pay: pe
 # What a cheap drafter brings costs about as much to know as to use, so it is not asked in every round.
 _CHEAP, _WEIGH_EVERY = 0.05, 4  # of a forward; rounds
 
+# After so many rounds in which no draft promised a gain worth mentioning, drafters are asked in every few rounds only.
+_QUIET, _WORTH, _DOZE = 8, 1.01, 4
+
 
 class Auto:
     """Chooses drafters and tree sizes by what they bring per second: on this machine, for this model, batch and text.
@@ -29,8 +32,8 @@ class Auto:
     The trees of the drafters are merged by their scores. What a score is worth, the chance of acceptance, is learned
     from what was observed for such scores; the tree is cut to the size with the most expected tokens per second, given
     the measured seconds of forwards by size; that size may be a single token. A drafter that costs more than it adds is
-    left alone after a trial, and tried again after 4, 8, ... 256 rounds. Choices depend on past rounds only, so they
-    bias nothing.
+    left alone after a trial, and tried again after 4, 8, ... 256 rounds; where nothing paid in eight rounds, all are
+    asked in every fourth only. Choices depend on past rounds only, so they bias nothing.
 
     Args:
         drafters: deterministic ones that leave the target alone; by default suffix and token recycling. Add
@@ -96,10 +99,13 @@ class AutoSession:
         self._sources: list[np.ndarray] = []  # by row, see merge
         self._spent: list[float] = []  # seconds by drafter, this round
         self._budget = 1 << 10  # of the next round
+        self._quiet = 0  # rounds without a gain
 
     def propose(self, budgets: Sequence[int]) -> list[RowTree]:
+        dozing = self._quiet >= _QUIET and self._quiet % _DOZE > 0
+        self._quiet += dozing
         with self._lock:
-            self._asked = [d for d, record in enumerate(self._records) if record.wanted()]
+            self._asked = [d for d, record in enumerate(self._records) if record.wanted() and not dozing]
             for record in self._records:
                 record.idle += 1
         self._spent = [0.0] * len(self._sessions)
@@ -114,6 +120,8 @@ class AutoSession:
             return [RowTree.root(token) for token in self._last]
         merged, self._sources = _merge(self._proposals, budgets)
         size, rate = self._size(merged)
+        plain = float(self._cost.seconds(np.array([len(budgets)]))[0])
+        self._quiet = 0 if rate * plain > _WORTH * len(budgets) else self._quiet + 1
         self._weigh(budgets, size, rate)
         # Where few nodes pay, many are not worth proposing; where all do, there may be more.
         self._budget = max(_LEAST_BUDGET, _LEAST_NODES // len(budgets), 2 * size)
