@@ -1,0 +1,64 @@
+"""merge_drafts: the union of drafts, for random trees."""
+
+import numpy as np
+import pytest
+
+from branchwise import _host
+
+
+def random_draft(rng, size, fixed=1):
+    parents = np.array([-1, *(int(rng.integers(0, i)) for i in range(1, size))], np.int32)
+    tokens = np.array([7, *rng.integers(0, 4, size - 1)], np.int32)
+    scores = np.ones(size, np.float32)
+    for i in range(1, size):
+        scores[i] = scores[parents[i]] * rng.random()
+    return tokens, parents, scores, fixed
+
+
+def path(tokens, parents, node):
+    way = []
+    while node > 0:
+        way.append(int(tokens[node]))
+        node = int(parents[node])
+    return tuple(way[::-1])
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_random_drafts(seed):
+    rng = np.random.default_rng(seed)
+    drafts = [random_draft(rng, int(rng.integers(1, 20))) for _ in range(rng.integers(1, 4))]
+    budget = int(rng.integers(1, 40))
+    tokens, parents, scores, fixed, sources = _host.merge_drafts(drafts, budget)
+    n = len(tokens)
+    assert fixed == 1 and sources.shape == (len(drafts), n)
+    assert parents[0] == -1 and all(0 <= parents[i] < i for i in range(1, n))
+    paths = [path(tokens, parents, node) for node in range(n)]
+    everything = {path(t, p, node) for t, p, _, _ in drafts for node in range(len(t))}
+    assert len(set(paths)) == n == min(budget, len(everything)) and set(paths) <= everything
+    assert (np.diff(scores) <= 1e-6).all()
+    for node in range(n):
+        children = np.flatnonzero(parents == node)
+        assert scores[children].sum() <= scores[node] + 1e-5
+        for d, (t, p, _, _) in enumerate(drafts):
+            known = [i for i in range(len(t)) if path(t, p, i) == paths[node]]
+            assert (sources[d, node] in known) if known else sources[d, node] == -1
+
+
+def test_fixed_nodes_stay():
+    rng = np.random.default_rng(0)
+    first, second = random_draft(rng, 10, fixed=6), random_draft(rng, 10)
+    tokens, parents, _, fixed, sources = _host.merge_drafts([first, second], 2)
+    kept = {path(tokens, parents, node) for node in range(len(tokens))}
+    assert len(tokens) == fixed == len({path(*first[:2], node) for node in range(6)})
+    assert kept == {path(*first[:2], node) for node in range(6)} and (sources[0] >= 0).all()
+
+
+def test_bad_drafts():
+    one = np.zeros(1, np.int32), np.full(1, -1, np.int32), np.ones(1, np.float32), 1
+    with pytest.raises(ValueError, match="drafts must hold at least one draft"):
+        _host.merge_drafts([], 3)
+    with pytest.raises(ValueError, match="must have one equal length of at least 1"):
+        _host.merge_drafts([(one[0], one[1], np.ones(2, np.float32), 1)], 3)
+    wrong = np.zeros(2, np.int32), np.array([-1, 5], np.int32), np.ones(2, np.float32), 1
+    with pytest.raises(ValueError, match=r"parents\[1\] of draft 0 must be an earlier node, got 5"):
+        _host.merge_drafts([wrong], 3)
