@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Needs, Suffix, TokenRecycling, Verified
+from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Suffix, TokenRecycling, Verified
 from ..drafters.hybrid import as_seen_by, foreign, merge, own_names
 from ..tree import DrawKind, RowTree
 from .profile import Profile
@@ -49,10 +49,8 @@ class Auto:
     draws = DrawKind.DETERMINISTIC
 
     def __init__(self, *drafters: Drafter, profile: str | os.PathLike[str] | None = None, task: str = "") -> None:
-        self.drafters = Hybrid(*(drafters or (Suffix(), TokenRecycling()))).drafters
-        self.needs = Needs.NOTHING
-        for drafter in self.drafters:
-            self.needs |= drafter.needs
+        merged = Hybrid(*(drafters or (Suffix(), TokenRecycling())))
+        self.drafters, self.needs = merged.drafters, merged.needs
         self.records = {name: Record() for name in unique_names(self.drafters)}
         self.calibration = Calibration()
         self.task = task

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Needs, Suffix, TokenRecycling, Verified
+from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Suffix, TokenRecycling, Verified
 from ..drafters.hybrid import foreign
 from ..tree import DrawKind, RowTree
 
@@ -141,10 +141,8 @@ class Bandit:
     ) -> None:
         if not nodes or min(nodes) < 1:
             raise ValueError(f"nodes must be at least 1, got {list(nodes)}")
-        self.drafters = Hybrid(*(drafters or (Suffix(), TokenRecycling()))).drafters
-        self.needs = Needs.NOTHING
-        for drafter in self.drafters:
-            self.needs |= drafter.needs
+        merged = Hybrid(*(drafters or (Suffix(), TokenRecycling())))
+        self.drafters, self.needs = merged.drafters, merged.needs
         sizes = sorted(set(nodes), reverse=True)
         by_size = [[Strategy(d, n) for d in range(len(self.drafters) if n > 1 else 1)] for n in sizes]
         if thresholds is None:

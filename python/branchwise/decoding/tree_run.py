@@ -105,7 +105,7 @@ class TreeRun:
         self.stats.row_forwards += len(prompts) * self.target.forwards
         self.stats.seconds_prefill = time.perf_counter() - begun
         roots = TokenTree([RowTree.root(int(prompt[-1])) for prompt in prompts], self.target.store.seq_lens)
-        _, verified = self.accept(roots, logits, self.stats.seconds_prefill)
+        _, verified = self.accept(roots, logits)
         session.observe(verified)
         self.drop_finished(session)
 
@@ -130,7 +130,7 @@ class TreeRun:
         self.stats.forwards += 1
         self.stats.row_forwards += len(self.rows) - sum(self.finished)
         self.cost.observe(tree.tokens.numel(), done - drafted)
-        accepted, verified = self.accept(tree, logits, done - drafted)
+        accepted, verified = self.accept(tree, logits)
         verdict = time.perf_counter()
         session.observe(verified)
         observed = time.perf_counter()
@@ -142,7 +142,7 @@ class TreeRun:
         self.stats.seconds_forward += done - drafted
         self.stats.seconds_verify += time.perf_counter() - done - (observed - verdict)
 
-    def accept(self, tree: TokenTree, logits: Tensor, seconds: float) -> tuple[Accepted, Verified]:
+    def accept(self, tree: TokenTree, logits: Tensor) -> tuple[Accepted, Verified]:
         """Applies the rule and emits; the counts come back cut where a row ended inside its accepted run."""
         target = Target(
             logits,
@@ -179,7 +179,6 @@ class TreeRun:
             count=accepted.count,
             logits=logits if self.needs & Needs.LOGITS else None,
             hidden_states=self.target.hidden_states,
-            seconds=seconds,
         )
 
     def uniforms(self, tree: TokenTree) -> Tensor:

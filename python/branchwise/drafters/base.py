@@ -57,7 +57,6 @@ class Verified:
         nodes, count: i32[B, T] and i32[B]: ids of the nodes on the accepted path, root first, and how many were kept.
         logits: [B, T, V] at the nodes, unprocessed; with :attr:`Needs.LOGITS`.
         hidden_states: [B, T, H] at the nodes, after the final norm; with :attr:`Needs.HIDDEN_STATES`.
-        seconds: of the target's forward.
     """
 
     emitted: Sequence[Sequence[int]]
@@ -66,7 +65,6 @@ class Verified:
     count: Tensor | None = None
     logits: Tensor | None = field(default=None, repr=False)
     hidden_states: Tensor | None = field(default=None, repr=False)
-    seconds: float = 0.0
 
     def path(self, row: int) -> list[int]:
         """Ids of the nodes of a row that were kept, root first; of a finished row, none."""

@@ -113,9 +113,9 @@ class EarlyExitSession:
 
     def expand(self, tokens: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
         # The root is a node like others here: everyone's ancestor.
-        self._ancestors = torch.nn.functional.pad(ancestors, (1, 0, 1, 0))
-        self._ancestors[:, :, 0] = True
-        return self._forward(tokens, depths, self._ancestors)
+        with_root = torch.nn.functional.pad(ancestors, (1, 0, 1, 0))
+        with_root[:, :, 0] = True
+        return self._forward(tokens, depths, with_root)
 
     def _forward(self, tokens: Tensor, depths: Tensor, ancestors: Tensor, wanted: list[int] | None = None) -> Tensor:
         k = tokens.shape[1]

@@ -29,6 +29,8 @@ class Model:
     siblings one after another without replacement, from the draft model's logits under the user's temperature, top-k,
     top-p and the like, in a shape that is fixed beforehand; the verification rules for drawn drafts then accept more.
 
+    That shape follows the acceptance measured so far, so a seed repeats a drawn text only with the same history.
+
     Every token is computed once: what is accepted stays in the draft model's KV store, what is rejected leaves it.
     Thread-safe if the draft model's forward is.
 
