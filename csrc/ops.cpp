@@ -11,6 +11,13 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "softcap=0.) -> (Tensor, "
       "Tensor)");
   m.def(
+      "sparse_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, "
+      "Tensor? "
+      "indices=None, Tensor? counts=None, int unit=1, Tensor? segment_offsets=None, Tensor? "
+      "sink_sizes=None, Tensor? recent_sizes=None, Tensor? tree_mask=None, Tensor? "
+      "page_table=None, "
+      "float? scale=None, Tensor? sinks=None, float softcap=0.) -> (Tensor, Tensor)");
+  m.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, "
       "Tensor)");
 
@@ -63,6 +70,30 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "commit_kv(Tensor(a!)[] caches, Tensor accepted, Tensor num_accepted, Tensor seq_lens, "
       "Tensor? page_table=None) "
       "-> Tensor");
+
+  // Sparse KV: what to look at, what to attend to, what to keep
+  m.def(
+      "page_summaries(Tensor key_cache, Tensor begin, Tensor end, Tensor(a!) summaries, int "
+      "page_size, Tensor? segment_offsets=None, Tensor? page_table=None) -> ()");
+  m.def(
+      "score_pages(Tensor query, Tensor summaries, Tensor num_pages, int reduce, bool per_token, "
+      "bool normalize=False, float scale=1.) -> Tensor");
+  m.def(
+      "attention_mass(Tensor query, Tensor key_cache, Tensor seq_lens, Tensor? lse=None, Tensor? "
+      "weights=None, Tensor? page_table=None, int reduce=0, bool per_query_head=False, float? "
+      "scale=None, float softcap=0.) -> Tensor");
+  m.def(
+      "select_pages(Tensor scores, Tensor num_pages, Tensor num_scored, int budget, int "
+      "num_sinks=0) -> (Tensor, Tensor)");
+  m.def(
+      "select_slots(Tensor scores, Tensor segment_offsets, Tensor num_segments, int budget) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "evict_kv(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor keep, Tensor counts, Tensor? "
+      "page_table=None) -> ()");
+  m.def(
+      "rerotate_keys(Tensor(a!) key_cache, Tensor begin, Tensor end, Tensor shift, Tensor "
+      "inv_freq, Tensor? page_table=None) -> ()");
 
   // CPU instruction set: level in use and best level of this machine; request >= 0 changes the
   // level.

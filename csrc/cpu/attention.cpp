@@ -1,92 +1,219 @@
-// tree_attention and merge_attention: checks, cutting the work into units, threads.
+// tree_attention, sparse_attention and merge_attention: what each row attends to.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <memory>
 #include <tuple>
 #include <vector>
 
+#include "cpu/attend.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
-#include "cpu/kernels/attention_kernel.h"
-#include "cpu/kv_args.h"
 
 namespace branchwise {
 namespace {
 
-constexpr int64_t kMinSplit = 4 * kKeyTile;  // slots: less is not worth a merge
-
-// A thread's buffer of at least so many floats. Kept between calls: fresh pages from the system can
-// cost more than the attention of a decode step.
-class Buffer {
- public:
-  float* reserve(int64_t floats) {
-    if (floats > size_) {
-      data_.reset();
-      data_.reset(new float[floats]);
-      size_ = floats;
-    }
-    return data_.get();
-  }
-  // A long prompt's buffer is not worth keeping.
-  void trim() {
-    if (size_ <= kKept) return;
-    data_.reset();
-    size_ = 0;
-  }
-
- private:
-  static constexpr int64_t kKept = 4 << 20;
-  std::unique_ptr<float[]> data_;
-  int64_t size_ = 0;
-};
-thread_local Buffer workspace_buffer, scratch_buffer;
-
-// Threads take runs of items, long ones first: what lies together in memory is mostly read by one
-// thread, and a long row does not hold up the others.
-template <typename F>
-void run_guided(int64_t items, int64_t scratch, bool serial, const F& f) {
-  const int64_t workers = serial ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    float* buffer = scratch_buffer.reserve(scratch);
-    int64_t begin = next.load();
-    while (begin < items) {
-      const int64_t end = begin + std::max<int64_t>(1, (items - begin) / (2 * workers));
-      if (!next.compare_exchange_weak(begin, end)) continue;
-      for (int64_t i = begin; i < end; ++i) f(i, buffer);
-      begin = next.load();
-    }
-  };
-  if (workers <= 1) return work();
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) work();
-  });
+// Attention to everything: the whole prefix is one run of slots.
+Places dense_places(int32_t length, int64_t window) {
+  Places p{};
+  p.prefix = p.new_slot = p.sink = p.recent = length;
+  p.unit = 1;
+  p.window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX));
+  return p;
 }
 
-// The depth of every node, from its ancestor bits; also refuses masks that the kernel must not see.
-std::vector<int32_t> checked_depths(const int64_t* mask, int64_t B, int64_t N, int64_t W) {
-  std::vector<int32_t> depths(B * N);
-  for (int64_t i = 0; i < B * N; ++i) {
-    const int64_t node = i % N;
-    int32_t seen = 0;
-    for (int64_t w = 0; w < W; ++w) {
-      const uint64_t word = static_cast<uint64_t>(mask[i * W + w]);
-      const int64_t valid = std::clamp<int64_t>(node + 1 - w * 64, 0, 64);
-      const uint64_t allowed = valid == 64 ? ~uint64_t{0} : (uint64_t{1} << valid) - 1;
-      BW_CHECK((word & ~allowed) == 0, "tree_attention: tree_mask[", i / N, ", ", node,
-               "] has a bit above its own node; a node sees only itself and nodes before it");
-      seen += __builtin_popcountll(word);
+// Index lists of sparse_attention, checked, as slots or as units of slots.
+struct Lists {
+  int64_t tokens = 0, heads = 0, width = 0;  // of indices [B, tokens, heads, width]
+  const int32_t* indices = nullptr;
+  const int32_t* counts = nullptr;
+  int32_t unit = 1;
+};
+
+// Lists of segments become lists of slots.
+struct Expanded {
+  std::vector<int32_t> slots, counts;
+};
+
+void check_list(const char* op, const int32_t* list, int32_t count, int64_t width, int64_t limit,
+                int64_t row, int64_t at) {
+  BW_CHECK(count >= 0 && count <= width, op, ": counts of row ", row, ", list ", at, " = ", count,
+           " must lie between 0 and indices.size(-1) = ", width);
+  bool ascending = true;
+  for (int32_t i = 1; i < count; ++i) ascending &= list[i] > list[i - 1];
+  BW_CHECK(ascending, op, ": indices of row ", row, ", list ", at, " must ascend");
+  BW_CHECK(count == 0 || (list[0] >= 0 && list[count - 1] < limit), op, ": indices of row ", row,
+           ", list ", at, " go from ", list[0], " to ", list[count - 1],
+           " and must lie between 0 and ", limit - 1, ", the last unit of its committed slots");
+}
+
+Lists check_lists(const char* op, const AttentionCall& call, const std::optional<Tensor>& indices,
+                  const std::optional<Tensor>& counts, int64_t unit,
+                  const std::optional<Tensor>& segments, Expanded* expanded) {
+  Lists lists;
+  BW_CHECK(indices.has_value() == counts.has_value(), op,
+           ": indices and counts must be given together");
+  BW_CHECK(unit >= 1 && unit <= INT32_MAX, op, ": unit must be at least 1, got ", unit);
+  BW_CHECK(!segments || indices, op, ": segment_offsets needs indices");
+  BW_CHECK(!segments || unit == 1, op, ": unit must be 1 with segment_offsets, got ", unit);
+  if (!indices) return lists;
+  const int64_t dim = indices->dim();
+  BW_CHECK(dim == 3 || dim == 4, op, ": indices must have shape [B, Hs, K] or [B, T, Hs, K], got ",
+           shape_of(*indices));
+  check_dtype(op, "indices", *indices, ScalarType::Int);
+  check_contiguous(op, "indices", *indices);
+  check_size(op, "indices", *indices, 0, call.B, "B");
+  if (dim == 4) check_size(op, "indices", *indices, 1, call.args.T, "T");
+  check_dtype(op, "counts", *counts, ScalarType::Int);
+  check_contiguous(op, "counts", *counts);
+  check_dim(op, "counts", *counts, dim - 1, "that of indices without K");
+  for (int64_t i = 0; i + 1 < dim; ++i)
+    check_size(op, "counts", *counts, i, indices->size(i), "that of indices");
+  lists.tokens = dim == 4 ? call.args.T : 1;
+  lists.heads = indices->size(dim - 2);
+  lists.width = indices->size(dim - 1);
+  BW_CHECK(lists.heads == 1 || lists.heads == call.shape.Hkv, op, ": indices.size(", dim - 2,
+           ") must be 1 or Hkv = ", call.shape.Hkv, ", got shape ", shape_of(*indices));
+  BW_CHECK(lists.heads == call.shape.Hkv || call.lens.head_stride == 0, op,
+           ": indices must have lists per KV head where seq_lens differ between heads");
+  lists.indices = static_cast<const int32_t*>(indices->const_data_ptr());
+  lists.counts = static_cast<const int32_t*>(counts->const_data_ptr());
+  lists.unit = static_cast<int32_t>(unit);
+
+  const int64_t per_row = lists.tokens * lists.heads, all = call.B * per_row;
+  if (!segments) {
+    for (int64_t i = 0; i < all; ++i) {
+      const int64_t row = i / per_row;
+      const int64_t slots = call.lens.at(row, i % lists.heads);
+      check_list(op, lists.indices + i * lists.width, lists.counts[i], lists.width,
+                 (slots + unit - 1) / unit, row, i % per_row);
     }
-    BW_CHECK(static_cast<uint64_t>(mask[i * W + node / 64]) >> (node % 64) & 1,
-             "tree_attention: tree_mask[", i / N, ", ", node,
-             "] lacks its own bit; a node must see itself");
-    depths[i] = seen - 1;
+    return lists;
   }
-  return depths;
+  check_dim(op, "segment_offsets", *segments, 3, "[B, Hs, S + 1]");
+  check_dtype(op, "segment_offsets", *segments, ScalarType::Int);
+  check_contiguous(op, "segment_offsets", *segments);
+  check_size(op, "segment_offsets", *segments, 0, call.B, "B");
+  check_size(op, "segment_offsets", *segments, 1, lists.heads, "that of the lists");
+  const int64_t count = segments->size(2) - 1;
+  const int32_t* all_offsets = static_cast<const int32_t*>(segments->const_data_ptr());
+  std::vector<int64_t> begins;
+  for (int64_t i = 0; i < all; ++i) {
+    const int64_t row = i / per_row, head = i % lists.heads;
+    const int32_t* list = lists.indices + i * lists.width;
+    const int32_t* offsets = all_offsets + (row * lists.heads + head) * (count + 1);
+    check_list(op, list, lists.counts[i], lists.width, count, row, i % per_row);
+    begins.push_back(static_cast<int64_t>(expanded->slots.size()));
+    for (int32_t j = 0; j < lists.counts[i]; ++j) {
+      const int32_t begin = offsets[list[j]], end = offsets[list[j] + 1];
+      BW_CHECK(begin >= 0 && begin <= end && end <= call.lens.at(row, head), op,
+               ": segment_offsets of row ", row, ", segment ", list[j], " go from ", begin, " to ",
+               end, " and must ascend between 0 and the row's ", call.lens.at(row, head), " slots");
+      for (int32_t slot = begin; slot < end; ++slot) expanded->slots.push_back(slot);
+    }
+    expanded->counts.push_back(static_cast<int32_t>(expanded->slots.size() - begins.back()));
+  }
+  // One width for all lists, as a tensor would have.
+  int64_t width = 1;
+  for (const int32_t n : expanded->counts) width = std::max<int64_t>(width, n);
+  std::vector<int32_t> padded(all * width);
+  for (int64_t i = 0; i < all; ++i)
+    std::copy_n(expanded->slots.begin() + begins[i], expanded->counts[i],
+                padded.begin() + i * width);
+  expanded->slots = std::move(padded);
+  lists.indices = expanded->slots.data();
+  lists.counts = expanded->counts.data();
+  lists.width = width;
+  return lists;
+}
+
+struct Ranges {
+  const int32_t* sink = nullptr;
+  const int32_t* recent = nullptr;
+};
+
+Ranges check_ranges(const char* op, const AttentionCall& call, const std::optional<Tensor>& sink,
+                    const std::optional<Tensor>& recent) {
+  BW_CHECK(sink.has_value() == recent.has_value(), op,
+           ": sink_sizes and recent_sizes must be given together");
+  if (!sink) return {};
+  const int32_t* data[2];
+  int i = 0;
+  for (const auto& [name, sizes] : {std::pair{"sink_sizes", &*sink}, {"recent_sizes", &*recent}}) {
+    check_dim(op, name, *sizes, 1, "[Hkv]");
+    check_size(op, name, *sizes, 0, call.shape.Hkv, "Hkv");
+    check_dtype(op, name, *sizes, ScalarType::Int);
+    check_contiguous(op, name, *sizes);
+    data[i] = static_cast<const int32_t*>(sizes->const_data_ptr());
+    for (int64_t h = 0; h < call.shape.Hkv; ++h)
+      BW_CHECK(data[i][h] >= 0, op, ": ", name, "[", h, "] = ", data[i][h],
+               " must not be negative");
+    ++i;
+  }
+  return {data[0], data[1]};
+}
+
+// What the tokens of a row see through one KV head: a list, two ranges, or both.
+Places sparse_places(int32_t length, const int32_t* list, int32_t count, int32_t unit,
+                     const int32_t* sink, const int32_t* recent) {
+  Places p{};
+  p.new_slot = length;
+  p.unit = unit;
+  p.units = list;
+  p.sink = sink != nullptr ? std::min(*sink, length) : 0;
+  // The token after the prefix sees as many as `recent` with itself.
+  const int64_t begin =
+      recent != nullptr ? static_cast<int64_t>(length) - *recent + 1 : int64_t{length};
+  p.recent = static_cast<int32_t>(std::clamp<int64_t>(begin, p.sink, length));
+  if (list == nullptr && recent != nullptr && *recent < INT32_MAX) {
+    // A window of none still holds the token itself.
+    p.window = std::max(*recent, 1);
+    p.kept = *sink;
+  }
+  if (p.recent == p.sink) {  // the ranges hold everything
+    p.sink = p.recent = p.prefix = length;
+    return p;
+  }
+  if (list != nullptr) {
+    const int64_t size = unit;
+    const int32_t* end =
+        std::partition_point(list, list + count, [&](int32_t u) { return u * size < p.recent; });
+    p.units = std::partition_point(list, end, [&](int32_t u) { return (u + 1) * size <= p.sink; });
+    if (p.units < end) {
+      p.skip = static_cast<int32_t>(std::max<int64_t>(0, p.sink - *p.units * size));
+      const int64_t over = std::max<int64_t>(0, (end[-1] + 1) * size - p.recent);
+      p.listed = static_cast<int32_t>((end - p.units) * size - p.skip - over);
+    }
+  }
+  p.prefix = p.sink + p.listed + (length - p.recent);
+  return p;
+}
+
+// Every page that a row's places lie in exists; pages of other slots may have been given back.
+void check_place_pages(const char* op, const AttentionCall& call, const Places& p, int64_t row,
+                       int64_t head) {
+  const auto check = [&](int64_t begin, int64_t end) {
+    check_pages(op, call.args.key_layout, call.shape, row, head, begin, end);
+  };
+  for (int64_t place = 0; place < p.prefix;) {
+    const Places::Run run = p.run(place);
+    const int64_t n = std::min(run.length, p.prefix - place);
+    check(run.slot, run.slot + n);
+    place += n;
+  }
+  check(p.new_slot, p.new_slot + call.args.N);
+}
+
+// Whether the page table holds nothing but pages up to slot `end`: then no place needs a look.
+bool all_pages_exist(const AttentionCall& call, int64_t row, int64_t head, int64_t end) {
+  const KvLayout& layout = call.args.key_layout;
+  if (layout.page_table == nullptr) return true;
+  const int32_t* table =
+      layout.page_table + row * layout.table_stride + head * layout.table_head_stride;
+  bool exist = true;
+  for (int64_t n = 0; n * call.shape.page_size < end; ++n)
+    exist &= static_cast<uint32_t>(table[n]) < static_cast<uint32_t>(call.shape.pages);
+  return exist;
 }
 
 }  // namespace
@@ -97,138 +224,53 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
                                           std::optional<double> scale, int64_t window,
                                           std::optional<Tensor> sinks, double softcap) {
   const char* op = "tree_attention";
-  check_dim(op, "query", query, 4, "[B, Hq, T, D]");
-  check_float_dtype(op, "query", query);
-  check_last_contiguous(op, "query", query);
-  check_dtype(op, "key_cache", key_cache, query.scalar_type());
-  check_dtype(op, "value_cache", value_cache, query.scalar_type());
-  const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
-  BW_CHECK(D >= 1 && D <= kMaxHeadDim, op, ": query.size(3) = ", D,
-           " must be a head dim between 1 and ", kMaxHeadDim);
-  const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
-  const CacheShape value_shape = check_cache(op, "value_cache", value_cache, B, page_table);
-  check_size(op, "key_cache", key_cache, 3, D, "D of query");
-  check_size(op, "value_cache", value_cache, 3, D, "D of query");
-  BW_CHECK(shape.Hkv > 0 && Hq % shape.Hkv == 0, op, ": query heads Hq = ", Hq,
-           " must be a multiple of the KV heads Hkv = ", shape.Hkv);
-  check_size(op, "value_cache", value_cache, 1, shape.Hkv, "Hkv of key_cache");
-  BW_CHECK(value_cache.size(0) == key_cache.size(0) && value_cache.size(2) == key_cache.size(2), op,
-           ": value_cache must have the shape of key_cache, got ", shape_of(value_cache), " and ",
-           shape_of(key_cache));
   BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
-  BW_CHECK(softcap >= 0 && std::isfinite(softcap), op,
-           ": softcap must be 0 (none) or positive, got ", softcap);
-  int64_t N = T;
-  if (tree_mask) {
-    check_dim(op, "tree_mask", *tree_mask, 3, "[B, N, W]");
-    N = tree_mask->size(1);
-    BW_CHECK(N >= T, op, ": tree_mask.size(1) = ", N, " must be at least T = ", T,
-             ": the T new tokens are the last of its nodes");
-  }
-  const int32_t* lens = check_seq_lens(
-      op, seq_lens, B, N, {shape.Hkv, D, std::min(shape.capacity, value_shape.capacity)},
-      key_cache.size(0), page_table);
+  AttentionCall call = check_attention(
+      op, {query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks, softcap});
+  BW_CHECK(window == 0 || call.lens.head_stride == 0, op,
+           ": window must be 0 where seq_lens differ between heads, as slots are no positions then,"
+           " got ",
+           window);
+  check_all_pages(op, call.args.key_layout, call.shape, call.lens, call.B, call.args.N);
+  std::vector<Places> places;
+  places.reserve(call.B * call.args.Hkv);
+  for (int64_t b = 0; b < call.B; ++b)
+    for (int64_t h = 0; h < call.args.Hkv; ++h)
+      places.push_back(dense_places(call.lens.at(b, h), window));
+  return run_attention(call, places, false);
+}
 
-  AttentionArgs args{};
-  std::vector<int32_t> depths;
-  if (tree_mask) {
-    check_dtype(op, "tree_mask", *tree_mask, ScalarType::Long);
-    check_contiguous(op, "tree_mask", *tree_mask);
-    check_size(op, "tree_mask", *tree_mask, 0, B, "B");
-    args.W = (N + 63) / 64;
-    check_size(op, "tree_mask", *tree_mask, 2, args.W, "ceil(N / 64)");
-    args.tree_mask = static_cast<const int64_t*>(tree_mask->const_data_ptr());
-    depths = checked_depths(args.tree_mask, B, N, args.W);
-    args.depths = depths.data();
-  }
-  if (sinks) {
-    check_dim(op, "sinks", *sinks, 1, "[Hq]");
-    check_size(op, "sinks", *sinks, 0, Hq, "Hq");
-    check_dtype(op, "sinks", *sinks, ScalarType::Float);
-    check_contiguous(op, "sinks", *sinks);
-    args.sinks = static_cast<const float*>(sinks->const_data_ptr());
-  }
-
-  Tensor out = empty<4>({B, Hq, T, D}, query.scalar_type());
-  Tensor lse = empty<3>({B, Hq, T}, ScalarType::Float);
-  if (B * T == 0) return {out, lse};
-
-  args.query = query.const_data_ptr();
-  for (int i = 0; i < 3; ++i) args.q_stride[i] = query.stride(i);
-  args.key_cache = key_cache.const_data_ptr();
-  args.value_cache = value_cache.const_data_ptr();
-  args.key_layout = layout_of(key_cache, page_table);
-  args.value_layout = layout_of(value_cache, page_table);
-  args.type = dtype_of(query.scalar_type());
-  args.out = out.mutable_data_ptr();
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  args.seq_lens = lens;
-  args.Hq = Hq;
-  args.Hkv = shape.Hkv;
-  args.T = T;
-  args.N = N;
-  args.D = D;
-  args.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(D)));
-  args.softcap = static_cast<float>(softcap);
-  args.window = window;
-
-  // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot, and
-  // begin at its first one's window. The split size depends on the row's own length and the shapes
-  // only: about 64 units per row keep many threads busy, and a long prompt, with blocks enough, is
-  // not split at all. A row too short to be split is cut into smaller blocks where its heads alone
-  // would not keep threads busy.
-  const int64_t G = Hq / shape.Hkv;
-  const int64_t large_block = std::max<int64_t>(1, kMaxRowBlock / G);
-  const int64_t quarter = (T * shape.Hkv + 3) / 4, least = (3 * kRowPad + G - 1) / G;
-  const int64_t small_block = std::min(large_block, std::max(quarter, least));
-  std::vector<AttentionUnit> units;
-  std::vector<int64_t> first_unit;            // of each block; the last entry ends the list
-  std::vector<int64_t> block_of, partial_at;  // of each unit
-  int64_t floats = 0, slots_read = 0;
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t tokens_per_block = lens[b] + N <= kMinSplit ? small_block : large_block;
-    const int64_t lanes_of_work = shape.Hkv * ((T + tokens_per_block - 1) / tokens_per_block);
-    for (int64_t h = 0; h < shape.Hkv; ++h)
-      for (int64_t t = 0; t < T; t += tokens_per_block) {
-        const int64_t end_token = std::min(T, t + tokens_per_block);
-        const int64_t slots = lens[b] + N - T + end_token;
-        const int64_t low = window == 0 ? 0 : lens[b] + (tree_mask ? 0 : t) - window + 1;
-        const int64_t first = std::max<int64_t>(0, low) / kKeyTile * kKeyTile;
-        const int64_t even = (slots - first) * lanes_of_work / 64 / kKeyTile * kKeyTile;
-        const int64_t split = std::max(even, kMinSplit);
-        first_unit.push_back(static_cast<int64_t>(units.size()));
-        slots_read += slots - first;
-        for (int64_t s = first; s < slots; s += split) {
-          units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h),
-                           static_cast<int32_t>(t * G), static_cast<int32_t>(end_token * G), s,
-                           std::min(slots, s + split), nullptr});
-          block_of.push_back(static_cast<int64_t>(first_unit.size()) - 1);
-          partial_at.push_back(floats);
-          floats += partial_floats((end_token - t) * G, D);
-        }
+std::tuple<Tensor, Tensor> sparse_attention(
+    Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
+    std::optional<Tensor> indices, std::optional<Tensor> counts, int64_t unit,
+    std::optional<Tensor> segment_offsets, std::optional<Tensor> sink_sizes,
+    std::optional<Tensor> recent_sizes, std::optional<Tensor> tree_mask,
+    std::optional<Tensor> page_table, std::optional<double> scale, std::optional<Tensor> sinks,
+    double softcap) {
+  const char* op = "sparse_attention";
+  AttentionCall call = check_attention(
+      op, {query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks, softcap});
+  BW_CHECK(indices || sink_sizes, op, ": indices or sink_sizes must be given");
+  const Ranges ranges = check_ranges(op, call, sink_sizes, recent_sizes);
+  Expanded expanded;
+  const Lists lists = check_lists(op, call, indices, counts, unit, segment_offsets, &expanded);
+  const bool per_token = indices && indices->dim() == 4;
+  const int64_t tokens = per_token ? call.args.T : 1;
+  std::vector<Places> places;
+  places.reserve(call.B * tokens * call.args.Hkv);
+  std::vector<bool> complete(call.args.Hkv);
+  for (int64_t b = 0; b < call.B; ++b)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t h = 0; h < call.args.Hkv; ++h) {
+        const int64_t at = (b * tokens + t) * lists.heads + (lists.heads > 1 ? h : 0);
+        places.push_back(sparse_places(
+            call.lens.at(b, h), indices ? lists.indices + at * lists.width : nullptr,
+            indices ? lists.counts[at] : 0, lists.unit, ranges.sink ? ranges.sink + h : nullptr,
+            ranges.recent ? ranges.recent + h : nullptr));
+        if (t == 0) complete[h] = all_pages_exist(call, b, h, call.lens.at(b, h) + call.args.N);
+        if (!complete[h]) check_place_pages(op, call, places.back(), b, h);
       }
-  }
-  first_unit.push_back(static_cast<int64_t>(units.size()));
-  float* workspace = workspace_buffer.reserve(floats);
-  for (size_t i = 0; i < units.size(); ++i) units[i].partial = workspace + partial_at[i];
-  std::unique_ptr<std::atomic<int64_t>[]> unfinished(
-      new std::atomic<int64_t>[first_unit.size() - 1]);
-  for (size_t i = 0; i + 1 < first_unit.size(); ++i)
-    unfinished[i] = first_unit[i + 1] - first_unit[i];
-
-  const AttentionKernels& k = BW_KERNELS(attention_kernels);
-  const int64_t block_rows = std::min(T, large_block) * G;
-  // A short prefix is less work than waking the threads.
-  const bool serial = slots_read * D * (block_rows + 4) < (1 << 18);
-  const int64_t scratch = scratch_floats(block_rows, D);
-  run_guided(static_cast<int64_t>(units.size()), scratch, serial, [&](int64_t i, float* buffer) {
-    k.run_unit(args, units[i], buffer);
-    const int64_t block = block_of[i], first = first_unit[block];
-    if (unfinished[block].fetch_sub(1) == 1)
-      k.merge_units(args, units.data() + first, first_unit[block + 1] - first);
-  });
-  workspace_buffer.trim();
-  return {out, lse};
+  return run_attention(call, places, per_token);
 }
 
 // out = (out_a e^(lse_a - top) + out_b e^(lse_b - top)) / (e^(lse_a - top) + e^(lse_b - top))
@@ -255,5 +297,6 @@ std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor ou
 
 STABLE_TORCH_LIBRARY_IMPL(branchwise, CPU, m) {
   m.impl("tree_attention", TORCH_BOX(&branchwise::tree_attention));
+  m.impl("sparse_attention", TORCH_BOX(&branchwise::sparse_attention));
   m.impl("merge_attention", TORCH_BOX(&branchwise::merge_attention));
 }

@@ -35,12 +35,17 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
   const Tensor* from[] = {&key, &value};
   const Tensor* to[] = {&key_cache, &value_cache};
   const char* names[] = {"key_cache", "value_cache"};
-  const int32_t* lens = nullptr;
+  RowLens lens{};
   for (int i = 0; i < 2; ++i) {
     const CacheShape shape = check_cache(op, names[i], *to[i], B, page_table);
-    check_size(op, names[i], *to[i], 1, Hkv, "Hkv");
+    BW_CHECK(shape.Hkv == Hkv, op, ": ", names[i], " must have Hkv = ", Hkv, " heads, got ",
+             shape.Hkv);
     check_size(op, names[i], *to[i], 3, from[i]->size(3), "D");
-    lens = check_seq_lens(op, seq_lens, B, T, shape, to[i]->size(0), page_table);
+    lens = check_seq_lens(op, seq_lens, B, T, shape);
+    const KvLayout layout = layout_of(*to[i], page_table);
+    for (int64_t b = 0; b < B && page_table; ++b)
+      for (int64_t h = 0; h < Hkv; ++h)
+        check_pages(op, layout, shape, b, h, lens.at(b, h), lens.at(b, h) + T);
   }
 
   RopeArgs rope{dtype_of(key.scalar_type()), DType::f32, key.size(3), 0};
@@ -83,7 +88,7 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
       for (int64_t bh = begin; bh < end; ++bh) {
         const int64_t b = bh / Hkv, h = bh % Hkv;
         for (int64_t t = 0; t < T; ++t) {
-          char* to = target + layout.offset(b, h, lens[b] + t) * bytes;
+          char* to = target + layout.offset(b, h, lens.at(b, h) + t) * bytes;
           const char* row = source + (b * s0 + h * s1 + t * s2) * bytes;
           if (rotated)
             kernels.rotate_row(rope, row, angles_at(*cos, b, t), angles_at(*sin, b, t), to);
@@ -117,44 +122,41 @@ Tensor commit_kv(std::vector<Tensor> caches, Tensor accepted, Tensor num_accepte
   }
 
   // Nothing moves before every cache has passed its checks.
-  const int32_t* lens = nullptr;
+  RowLens lens{};
   for (size_t i = 0; i < caches.size(); ++i) {
     const std::string name = "caches[" + std::to_string(i) + "]";
     check_float_dtype(op, name.c_str(), caches[i]);
     const CacheShape shape = check_cache(op, name.c_str(), caches[i], B, page_table);
-    lens = check_seq_lens(op, seq_lens, B, 0, shape, caches[i].size(0), page_table);
-    for (int64_t b = 0; b < B; ++b) {
-      if (count[b] == 0) continue;
-      const int64_t last = lens[b] + path[b * A + count[b] - 1];
-      BW_CHECK(last < shape.capacity, op, ": accepted[", b, ", ", count[b] - 1, "] lies in slot ",
-               last, ", past the ", shape.capacity, " slots of ", name);
-      if (!page_table) continue;
-      const int32_t* table =
-          static_cast<const int32_t*>(page_table->const_data_ptr()) + b * page_table->stride(0);
-      for (int64_t n = 0; n <= last / caches[i].size(2); ++n)
-        BW_CHECK(table[n] >= 0 && table[n] < caches[i].size(0), op, ": page_table[", b, ", ", n,
-                 "] = ", table[n], " must lie between 0 and ", caches[i].size(0) - 1);
-    }
+    lens = check_seq_lens(op, seq_lens, B, 0, shape);
+    const KvLayout layout = layout_of(caches[i], page_table);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t h = 0; h < (count[b] ? shape.Hkv : 0); ++h) {
+        const int64_t last = lens.at(b, h) + path[b * A + count[b] - 1];
+        BW_CHECK(last < shape.capacity, op, ": accepted[", b, ", ", count[b] - 1, "] lies in slot ",
+                 last, ", past the ", shape.capacity, " slots of ", name);
+        check_pages(op, layout, shape, b, h, lens.at(b, h), last + 1);
+      }
   }
-  if (lens == nullptr)
-    lens = check_seq_lens(op, seq_lens, B, 0, {0, 0, INT32_MAX}, 0, std::nullopt);
+  const int64_t heads = seq_lens.dim() == 2 ? seq_lens.size(1) : 1;
+  if (caches.empty()) lens = check_seq_lens(op, seq_lens, B, 0, {heads, 0, INT32_MAX, 1, 1});
 
   for (const Tensor& cache : caches) {
     const KvLayout layout = layout_of(cache, page_table);
     const int64_t bytes = element_size(cache), row_bytes = cache.size(3) * bytes;
+    const int64_t Hkv = layout.table_head_stride ? page_table->size(1) : cache.size(1);
     char* data = static_cast<char*>(cache.mutable_data_ptr());
     for (int64_t b = 0; b < B; ++b)
       for (int32_t j = 0; j < count[b]; ++j) {
         const int32_t node = path[b * A + j];
         if (node == j) continue;  // ascending: the source is never behind the target
-        for (int64_t h = 0; h < cache.size(1); ++h)
-          std::memcpy(data + layout.offset(b, h, lens[b] + j) * bytes,
-                      data + layout.offset(b, h, lens[b] + node) * bytes, row_bytes);
+        for (int64_t h = 0; h < Hkv; ++h)
+          std::memcpy(data + layout.offset(b, h, lens.at(b, h) + j) * bytes,
+                      data + layout.offset(b, h, lens.at(b, h) + node) * bytes, row_bytes);
       }
   }
   Tensor after = torch::stable::new_empty(seq_lens, seq_lens.sizes());
   int32_t* out = static_cast<int32_t*>(after.mutable_data_ptr());
-  for (int64_t b = 0; b < B; ++b) out[b] = lens[b] + count[b];
+  for (int64_t i = 0; i < B * heads; ++i) out[i] = lens.data[i] + count[i / heads];
   return after;
 }
 

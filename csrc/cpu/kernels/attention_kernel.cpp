@@ -11,54 +11,13 @@ namespace {
 // Each includes what it builds on; one level per translation unit.
 #include "cpu/kernels/few_rows-inl.h"
 #include "cpu/kernels/many_rows-inl.h"
+#include "cpu/kernels/pack-inl.h"
 
 // Calls f with the element type and the product of a call.
 template <typename F>
 void by_kernel(const AttentionArgs& a, F f) {
   by_type(a.type, [&](auto type) {
     with_product<decltype(type)>(a.D, [&](auto product) { f(type, product); });
-  });
-}
-
-// Writes queries as elements: for few rows [D / chunk][row] vectors along the head dim, else
-// [D / kPack] vectors with the rows of a group in the lanes.
-template <typename T, typename M>
-void pack_query(const AttentionArgs& a, const AttentionUnit& u, float* packed) {
-  constexpr int64_t kChunk = kLanes * M::kPack;
-  const int64_t G = a.Hq / a.Hkv, rows = u.row_end - u.row_begin;
-  const auto row_of = [&](int64_t r) {
-    // Padding lanes repeat the last row: finite numbers, never read.
-    const int64_t row = u.row_begin + (r < rows ? r : rows - 1);
-    return static_cast<const T*>(a.query) + u.batch * a.q_stride[0] +
-           (u.kv_head * G + row % G) * a.q_stride[1] + row / G * a.q_stride[2];
-  };
-  const auto part = [&](const T* row, int64_t d) {
-    return a.D - d >= kChunk ? M::row(row + d) : M::row(row + d, a.D - d);
-  };
-  if (rows <= kFewRows) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* row = row_of(r);
-      for (int64_t d = 0; d < a.D; d += kChunk) {
-        const auto x = part(row, d);
-        __builtin_memcpy(packed + (d / kChunk * rows + r) * kLanes, &x, sizeof x);
-      }
-    }
-    return;
-  }
-  for_each_group(rows, [&](int64_t first, int nv) {
-    const int64_t ld = nv * kLanes, steps = a.D / M::kPack;
-    for (int64_t i = 0; i < ld; i += kLanes) {
-      const T* from[kLanes];
-      for (int64_t l = 0; l < kLanes; ++l) from[l] = row_of(first + i + l);
-      for (int64_t step = 0; step < steps; step += kLanes) {
-        f32v block[kLanes];
-        for (int64_t l = 0; l < kLanes; ++l)
-          block[l] = reinterpret_cast<f32v>(part(from[l], step * M::kPack));
-        transpose(block);
-        for (int64_t j = 0; j < kLanes && step + j < steps; ++j)
-          store(packed + first * a.D + (step + j) * ld + i, block[j]);
-      }
-    }
   });
 }
 
@@ -75,9 +34,15 @@ void run_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query
 
 void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
   by_kernel(a, [&](auto type, auto product) {
-    pack_query<decltype(type), decltype(product)>(a, u, scratch);
+    using T = decltype(type);
+    const int64_t G = a.Hq / a.Hkv;
+    pack_query<T, decltype(product)>(u.row_end - u.row_begin, a.D, scratch, [&](int64_t r) {
+      const int64_t row = u.row_begin + r;
+      return static_cast<const T*>(a.query) + u.batch * a.q_stride[0] +
+             (u.kv_head * G + row % G) * a.q_stride[1] + row / G * a.q_stride[2];
+    });
     float* rest = scratch + query_floats(u.row_end - u.row_begin, a.D);
-    run_rows<decltype(type), decltype(product)>(a, u, scratch, rest);
+    run_rows<T, decltype(product)>(a, u, scratch, rest);
   });
 }
 

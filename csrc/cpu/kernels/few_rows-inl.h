@@ -49,7 +49,7 @@ inline f32v score_slots(const T* const* keys, const T* const* next, const float*
     for (int s = 0; s < S; ++s) key[s] = M::row(keys[s] + d, D - d);
     add(query);
   }
-  return sums(acc);
+  return folds<false>(acc);
 }
 
 // out[r][d ..] = out[r][d ..] * alpha[r] + sum over the tile's slots of p[r][slot] *
@@ -116,15 +116,19 @@ inline void add_values(const Tile<T>& tile, const Tile<T>& next, int64_t d, int6
                                    out + r * ld, ld);
 }
 
-// Whether a query node sees a slot; the scalar twin of mask_tile.
-inline bool sees(const AttentionArgs& a, int64_t batch, int64_t query, int64_t low, int64_t prefix,
-                 int64_t slot) {
-  const int64_t node = slot - prefix;
-  if (node < 0) return slot >= low;
-  const bool visible = a.tree_mask != nullptr
-                           ? a.tree_mask[(batch * a.N + query) * a.W + node / 64] >> (node % 64) & 1
-                           : node <= query;
-  return visible && prefix + (a.depths != nullptr ? a.depths[batch * a.N + node] : node) >= low;
+// Whether a query node sees a place; the scalar twin of mask_tile.
+inline bool sees(const AttentionArgs& a, const AttentionUnit& u, int64_t query, int64_t low,
+                 int64_t place) {
+  const Places& p = *u.places;
+  const int64_t node = place - p.prefix;
+  if (node < 0) return p.window == 0 || !hidden_by_window(p, place, low);
+  const bool visible =
+      a.tree_mask != nullptr
+          ? a.tree_mask[(u.batch * a.N + query) * a.W + node / 64] >> (node % 64) & 1
+          : node <= query;
+  const int64_t position =
+      p.new_slot + (a.depths != nullptr ? a.depths[u.batch * a.N + node] : node);
+  return visible && (position >= low || position < p.kept);
 }
 
 // At most kFewRows packed rows. Partial result: out [R][ld] | max [R] | sum [R].
@@ -132,7 +136,7 @@ template <typename T, typename M, int R>
 void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                   float* scratch) {
   constexpr int S = kSlots<R>, kChunk = kLanes * M::kPack;
-  const int64_t D = a.D, ld = few_rows_stride(D), prefix = a.seq_lens[u.batch];
+  const int64_t D = a.D, ld = few_rows_stride(D), prefix = u.places->prefix;
   float* scores = scratch;                        // [kKeyTile / S][kLanes]
   float* probs = scores + kKeyTile / S * kLanes;  // the same, as elements of M
   float* out = u.partial;
@@ -140,7 +144,7 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   int64_t low[R], node[R], lowest = INT64_MAX, highest = 0;
   for (int r = 0; r < R; ++r) {
     node[r] = node_of(a, u.row_begin + r);
-    low[r] = first_position(a, u.batch, node[r], prefix);
+    low[r] = first_position(a, u, node[r]);
     lowest = low[r] < lowest ? low[r] : lowest;
     highest = low[r] > highest ? low[r] : highest;
   }
@@ -149,7 +153,8 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   f32v top = splat(-kInf), sum = {};
   Tile<T> tiles[2];
   Tile<T>*tile = tiles, *next = tiles + 1;
-  int64_t slot = first_visible_slot(a, u, lowest, prefix);
+  const WindowCut cut = cut_window(a, u, lowest, highest);
+  int64_t slot = cut.first;
   find_tile(a, u, slot, tile);
   if (slot < u.slot_end) prefetch_all(*tile, a.D);
   for (; slot < u.slot_end; slot += kKeyTile) {
@@ -160,11 +165,11 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
       if (a.softcap > 0.f) x = tanh(x) * (a.softcap * kLog2e);
       store(scores + g * kLanes, x);
     }
-    // Slots of new tokens, prefix slots that a window may hide, and the padding of the last group.
-    const int64_t from = highest > slot ? 0 : prefix > slot ? prefix - slot : 0;
+    // New tokens, places of the prefix that a window may hide, and the padding of the last group.
+    const int64_t from = cut.hidden > slot ? 0 : prefix > slot ? prefix - slot : 0;
     for (int64_t s = from; s < groups * S; ++s)
       for (int r = 0; r < R; ++r)
-        if (s >= count || !sees(a, u.batch, node[r], low[r], prefix, slot + s))
+        if (s >= count || !sees(a, u, node[r], low[r], slot + s))
           scores[s / S * kLanes + r * S + s % S] = -kInf;
 
     f32v high = top;

@@ -19,7 +19,7 @@ constexpr int kBroadcast = NV == 1 || kRegisters == 32 ? 8 : 4;
 // A tile as the products read it: lines of elements.
 template <typename M>
 struct Lines {
-  int64_t begin, count;                                    // slots [begin, begin + count)
+  int64_t begin, count;                                    // places [begin, begin + count)
   const typename M::Element* keys[kKeyTile];               // one per slot
   const typename M::Element* values[kKeyTile / M::kPack];  // one per kPack slots
 };
@@ -83,48 +83,47 @@ struct RowBounds {
   int32_t* word;  // 32 ancestor bits for the 32 new slots in hand
 };
 
-// Sets scores of invisible (slot, row) pairs to -inf. `prefix` = P; slots at and after it are
-// nodes.
+// Sets scores of invisible (place, row) pairs to -inf.
 template <int NV>
-void mask_tile(const AttentionArgs& a, int64_t batch, int64_t begin, int64_t count,
-               const RowBounds& rows, int64_t row_count, int64_t prefix, bool window_cuts,
-               float* scores) {
+void mask_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, int64_t count,
+               const RowBounds& rows, int64_t row_count, bool window_cuts, float* scores) {
   constexpr int64_t ld = NV * kLanes;
+  const Places& p = *u.places;
   for (int64_t s = 0; s < count; ++s) {
-    const int64_t slot = begin + s, node = slot - prefix;
+    const int64_t node = begin + s - p.prefix;
     float* line = scores + s * ld;
     if (node < 0) {  // prefix: position = slot, only the window can hide it
-      if (!window_cuts) continue;
+      const int64_t slot = window_cuts ? p.run(begin + s).slot : 0;
+      if (!window_cuts || slot < p.kept) continue;
       for (int v = 0; v < NV; ++v) {
         const i32v hidden = load(rows.low + v * kLanes) > static_cast<int32_t>(slot);
         store(line + v * kLanes, hidden ? splat(-kInf) : load(line + v * kLanes));
       }
       continue;
     }
-    if (a.tree_mask != nullptr && (node % 32 == 0 || s == 0 || slot == prefix)) {
-      const int64_t* bits = a.tree_mask + batch * a.N * a.W + node / 64;
+    if (a.tree_mask != nullptr && (node % 32 == 0 || s == 0 || node == 0)) {
+      const int64_t* bits = a.tree_mask + u.batch * a.N * a.W + node / 64;
       for (int64_t r = 0; r < row_count; ++r)
         rows.word[r] = static_cast<int32_t>(static_cast<uint64_t>(bits[rows.node[r] * a.W]) >>
                                             (node / 32 % 2 * 32));
     }
-    const int32_t position =
-        static_cast<int32_t>(prefix) +
-        (a.depths != nullptr ? a.depths[batch * a.N + node] : static_cast<int32_t>(node));
+    const int32_t position = p.new_slot + (a.depths != nullptr ? a.depths[u.batch * a.N + node]
+                                                               : static_cast<int32_t>(node));
     for (int v = 0; v < NV; ++v) {
       i32v seen = a.tree_mask != nullptr
                       ? (load(rows.word + v * kLanes) >> static_cast<int>(node % 32) & 1) != 0
                       : load(rows.node + v * kLanes) >= static_cast<int32_t>(node);
-      if (a.window > 0) seen &= load(rows.low + v * kLanes) <= position;
+      if (p.window > 0 && position >= p.kept) seen &= load(rows.low + v * kLanes) <= position;
       store(line + v * kLanes, seen ? load(line + v * kLanes) : splat(-kInf));
     }
   }
 }
 
-// One tile of slots for one group of NV vectors of rows.
+// One tile for one group of NV vectors of rows.
 template <typename M, int NV, typename P>
-void attend_tile(const AttentionArgs& a, int64_t batch, const Lines<M>& tile, P& ahead,
-                 const float* query, const RowBounds& rows, int64_t row_count, int64_t prefix,
-                 int32_t highest_low, float* scores, float* out, float* row_max, float* row_sum) {
+void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>& tile, P& ahead,
+                 const float* query, const RowBounds& rows, int64_t row_count, int64_t hidden,
+                 float* scores, float* out, float* row_max, float* row_sum) {
   constexpr int64_t ld = NV * kLanes;
   constexpr int NB = kBroadcast<NV>, kPack = M::kPack;
   const int64_t count = tile.count, depth = a.D / kPack;
@@ -145,9 +144,9 @@ void attend_tile(const AttentionArgs& a, int64_t batch, const Lines<M>& tile, P&
     for (int64_t i = 0; i < count * ld; i += kLanes) store(scores + i, load(scores + i) * scale);
     scale = 1.f;
   }
-  const bool window_cuts = a.window > 0 && highest_low > tile.begin;
-  if (window_cuts || tile.begin + count > prefix)
-    mask_tile<NV>(a, batch, tile.begin, count, rows, row_count, prefix, window_cuts, scores);
+  const bool window_cuts = hidden > tile.begin;
+  if (window_cuts || tile.begin + count > u.places->prefix)
+    mask_tile<NV>(a, u, tile.begin, count, rows, row_count, window_cuts, scores);
 
   f32v alpha[NV];
   for (int v = 0; v < NV; ++v) {
@@ -180,40 +179,45 @@ void attend_tile(const AttentionArgs& a, int64_t batch, const Lines<M>& tile, P&
 }
 
 // Lines of a tile: in place where the cache already holds elements, else converted into `buffer`
-// (2 * kKeyTile * D floats).
+// (kKeyTile * D floats each for keys and values).
 template <typename T, typename M>
-void make_lines(const Tile<T>& tile, int64_t D, float* buffer, Lines<M>* lines) {
-  using Element = typename M::Element;
-  lines->begin = tile.begin;
-  lines->count = tile.count;
+void make_key_lines(const T* const* rows, int64_t count, int64_t D, float* buffer,
+                    Lines<M>* lines) {
+  for (int64_t s = 0; s < count; ++s) {
+    if constexpr (M::kPack == 2 || __is_same(T, float)) {
+      lines->keys[s] = reinterpret_cast<const typename M::Element*>(rows[s]);
+    } else {
+      convert_row(rows[s], buffer + s * D, D);
+      lines->keys[s] = buffer + s * D;
+    }
+  }
+}
+
+template <typename T, typename M>
+void make_value_lines(const T* const* rows, int64_t count, int64_t D, float* buffer,
+                      Lines<M>* lines) {
   if constexpr (M::kPack == 2) {
-    for (int64_t s = 0; s < tile.count; ++s)
-      lines->keys[s] = reinterpret_cast<const Element*>(tile.keys[s]);
     constexpr int64_t kChunk = 2 * kLanes;
-    for (int64_t s = 0; s < tile.count; s += 2, buffer += D) {
+    for (int64_t s = 0; s < count; s += 2, buffer += D) {
       typename M::Vec x[2];
       int64_t d = 0;
       for (; d + kChunk <= D; d += kChunk) {
-        M::columns(tile.values + s, d, x);
+        M::columns(rows + s, d, x);
         __builtin_memcpy(buffer + d, x, sizeof x);
       }
       if (d < D) {
-        M::columns(tile.values + s, d, D - d, x);
+        M::columns(rows + s, d, D - d, x);
         __builtin_memcpy(buffer + d, x, (D - d) * 4);
       }
-      lines->values[s / 2] = reinterpret_cast<const Element*>(buffer);
+      lines->values[s / 2] = reinterpret_cast<const typename M::Element*>(buffer);
     }
   } else {
-    for (int64_t s = 0; s < tile.count; ++s) {
+    for (int64_t s = 0; s < count; ++s) {
       if constexpr (__is_same(T, float)) {
-        lines->keys[s] = tile.keys[s];
-        lines->values[s] = tile.values[s];
+        lines->values[s] = rows[s];
       } else {
-        float *key = buffer + s * D, *value = buffer + (kKeyTile + s) * D;
-        convert_row(tile.keys[s], key, D);
-        convert_row(tile.values[s], value, D);
-        lines->keys[s] = key;
-        lines->values[s] = value;
+        convert_row(rows[s], buffer + s * D, D);
+        lines->values[s] = buffer + s * D;
       }
     }
   }
@@ -236,7 +240,6 @@ template <typename T, typename M>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                    float* scratch) {
   const int64_t rows = u.row_end - u.row_begin, padded = padded_rows(rows);
-  const int64_t prefix = a.seq_lens[u.batch];
   float* scores = scratch;
   float* converted = scores + kKeyTile * 3 * kRowPad;
   int32_t* ints = reinterpret_cast<int32_t*>(converted + 2 * kKeyTile * a.D);
@@ -250,7 +253,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
     // Padding lanes repeat the last row: finite numbers, never read.
     const int64_t node = node_of(a, u.row_begin + (r < rows ? r : rows - 1));
     all.node[r] = static_cast<int32_t>(node);
-    all.low[r] = first_position(a, u.batch, node, prefix);
+    all.low[r] = first_position(a, u, node);
     all.word[r] = 0;
     highest_low = all.low[r] > highest_low ? all.low[r] : highest_low;
     lowest_low = all.low[r] < lowest_low ? all.low[r] : lowest_low;
@@ -262,12 +265,16 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   Tile<T> tiles[2];
   Tile<T>*tile = tiles, *next = tiles + 1;
   Lines<M> lines;
-  int64_t slot = first_visible_slot(a, u, lowest_low, prefix);
+  const WindowCut cut = cut_window(a, u, lowest_low, highest_low);
+  int64_t slot = cut.first;
   find_tile(a, u, slot, tile);
   if (slot < u.slot_end) prefetch_all(*tile, a.D);
   for (; slot < u.slot_end; slot += kKeyTile) {
     find_tile(a, u, slot + kKeyTile, next);
-    make_lines(*tile, a.D, converted, &lines);
+    lines.begin = tile->begin;
+    lines.count = tile->count;
+    make_key_lines(tile->keys, tile->count, a.D, converted, &lines);
+    make_value_lines(tile->values, tile->count, a.D, converted + kKeyTile * a.D, &lines);
     Prefetcher<T> ahead(*next, a.D);
     for_each_group(rows, [&](int64_t first, int nv) {
       const RowBounds part{all.node + first, all.low + first, all.word + first};
@@ -275,7 +282,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
       const auto call = nv == 3   ? attend_tile<M, 3, Prefetcher<T>>
                         : nv == 2 ? attend_tile<M, 2, Prefetcher<T>>
                                   : attend_tile<M, 1, Prefetcher<T>>;
-      call(a, u.batch, lines, ahead, query + first * a.D, part, count, prefix, highest_low, scores,
+      call(a, u, lines, ahead, query + first * a.D, part, count, cut.hidden, scores,
            out + first * a.D, row_max + first, row_sum + first);
     });
     Tile<T>* done = tile;

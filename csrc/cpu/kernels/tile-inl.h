@@ -3,10 +3,10 @@
 
 #include "cpu/kernels/half-inl.h"
 
-// A tile's rows of one cache; rows behind `count` are zeros, so that loops need no tails.
+// A tile's rows of both caches; rows behind `count` are zeros, so that loops need no tails.
 template <typename T>
 struct Tile {
-  int64_t begin, count;  // slots [begin, begin + count)
+  int64_t begin, count;  // places [begin, begin + count)
   const T* keys[kKeyTile];
   const T* values[kKeyTile];
 };
@@ -18,20 +18,30 @@ inline const T* zeros() {
   return reinterpret_cast<const T*>(kZeros);
 }
 
+// Slots [slot, slot + count) of a row and head, as rows of one cache.
 template <typename T>
-inline void find_rows(const KvLayout& layout, const void* cache, const AttentionUnit& u,
-                      int64_t begin, int64_t count, const T** rows) {
-  const T* base = static_cast<const T*>(cache);
+inline void find_run(const KvLayout& layout, const void* cache, int64_t batch, int64_t head,
+                     int64_t slot, int64_t count, const T** rows) {
+  const T* row = static_cast<const T*>(cache) + layout.offset(batch, head, slot);
+  for (int64_t i = 0; i < count; ++i, row += layout.stride_slot) rows[i] = row;
+}
+
+// Calls f(place, slot, count) for the runs of places [begin, begin + count) that lie one after
+// another, none of them across a page.
+template <typename F>
+inline void for_each_run(const Places& places, const KvLayout& layout, int64_t begin, int64_t count,
+                         const F& f) {
   for (int64_t s = 0; s < count;) {
-    const T* row = base + layout.offset(u.batch, u.kv_head, begin + s);
-    int64_t end = count;
+    const Places::Run run = places.run(begin + s);
+    int64_t n = run.length < count - s ? run.length : count - s;
     if (layout.page_table != nullptr) {
-      const int64_t rest_of_page = layout.page_size - (begin + s) % layout.page_size;
-      end = s + rest_of_page < count ? s + rest_of_page : count;
+      const int64_t rest = layout.page_size - static_cast<uint32_t>(run.slot) %
+                                                  static_cast<uint32_t>(layout.page_size);
+      n = rest < n ? rest : n;
     }
-    for (; s < end; ++s, row += layout.stride_slot) rows[s] = row;
+    f(s, run.slot, n);
+    s += n;
   }
-  for (int64_t s = count; s < kKeyTile; ++s) rows[s] = zeros<T>();
 }
 
 // The node of a packed row, and that of a unit's last one.
@@ -49,12 +59,16 @@ template <typename T>
 inline void find_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin,
                       Tile<T>* tile) {
   if (begin > u.slot_end) begin = u.slot_end;
-  const int64_t row_end = a.seq_lens[u.batch] + last_node(a, u) + 1;
+  const int64_t row_end = u.places->prefix + last_node(a, u) + 1;
   const int64_t left = (begin < u.slot_end ? u.slot_end : row_end) - begin;
   tile->begin = begin;
   tile->count = left < kKeyTile ? left : kKeyTile;
-  find_rows(a.key_layout, a.key_cache, u, begin, tile->count, tile->keys);
-  find_rows(a.value_layout, a.value_cache, u, begin, tile->count, tile->values);
+  for_each_run(
+      *u.places, a.key_layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t count) {
+        find_run(a.key_layout, a.key_cache, u.batch, u.kv_head, slot, count, tile->keys + s);
+        find_run(a.value_layout, a.value_cache, u.batch, u.kv_head, slot, count, tile->values + s);
+      });
+  for (int64_t s = tile->count; s < kKeyTile; ++s) tile->keys[s] = tile->values[s] = zeros<T>();
 }
 
 template <typename T>
@@ -100,19 +114,36 @@ class Prefetcher {
   const char *line_ = nullptr, *end_ = nullptr;
 };
 
-// Where a unit starts to read: nothing before the lowest row's window is visible to its block. In a
-// tree, nodes are never skipped, since a node's position is not its slot.
-inline int64_t first_visible_slot(const AttentionArgs& a, const AttentionUnit& u,
-                                  int64_t lowest_low, int64_t prefix) {
-  const bool skip_nodes = a.tree_mask == nullptr;
-  const int64_t first = skip_nodes || lowest_low < prefix ? lowest_low : prefix;
-  return first > u.slot_begin ? first : u.slot_begin;
+// The first position that a node sees under a window.
+inline int32_t first_position(const AttentionArgs& a, const AttentionUnit& u, int64_t node) {
+  const Places& p = *u.places;
+  if (p.window == 0) return 0;
+  const int64_t depth = a.depths != nullptr ? a.depths[u.batch * a.N + node] : node;
+  const int64_t low = p.new_slot + depth - p.window + 1;
+  return low > 0 ? static_cast<int32_t>(low) : 0;
 }
 
-// The first position that a node sees under a window.
-inline int32_t first_position(const AttentionArgs& a, int64_t batch, int64_t node, int64_t prefix) {
-  if (a.window == 0) return 0;
-  const int64_t depth = a.depths != nullptr ? a.depths[batch * a.N + node] : node;
-  const int64_t low = prefix + depth - a.window + 1;
-  return low > 0 ? static_cast<int32_t>(low) : 0;
+// What a window leaves of a unit's places, given the lowest and the highest of its rows' first
+// positions.
+struct WindowCut {
+  int64_t first;   // nothing before this place is visible
+  int64_t hidden;  // places before this one may be hidden from some row
+};
+inline WindowCut cut_window(const AttentionArgs& a, const AttentionUnit& u, int64_t lowest,
+                            int64_t highest) {
+  const Places& p = *u.places;
+  if (p.window == 0) return {u.slot_begin, 0};
+  if (p.sink < p.prefix)  // ranges: cut already to what the lowest row sees
+    return {u.slot_begin, highest > lowest ? p.prefix : 0};
+  // In a tree, nodes are never skipped, since a node's position is not its slot.
+  const bool skip_nodes = a.tree_mask == nullptr && p.kept == 0;
+  int64_t first = skip_nodes || lowest < p.prefix ? lowest : p.prefix;
+  if (p.kept > 0) first = 0;
+  return {first > u.slot_begin ? first : u.slot_begin, highest};
+}
+
+// Whether a window hides a place of the prefix from a row whose first position is `low`.
+inline bool hidden_by_window(const Places& p, int64_t place, int64_t low) {
+  const int64_t slot = p.run(place).slot;
+  return slot < low && slot >= p.kept;
 }

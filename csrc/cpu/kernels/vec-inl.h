@@ -118,19 +118,6 @@ struct Swapped {
   static constexpr int at(int l) { return l ^ H; }
 };
 
-// Lane l of the result is the sum over all lanes of v[l]; destroys v.
-template <int H = 1>
-inline f32v sums(f32v* v) {
-  if constexpr (H == kLanes) {
-    return v[0];
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i += 2 * H)
-      v[i] = shuffle<Straight<H>>(v[i], v[i + H]) + shuffle<Crossed<H>>(v[i], v[i + H]);
-    return sums<2 * H>(v);
-  }
-}
-
 // v[i][l] becomes v[l][i].
 template <int H = 1>
 inline void transpose(f32v* v) {
@@ -149,6 +136,21 @@ inline void transpose(f32v* v) {
       v[i + H] = shuffle<High>(a, b);
     }
     transpose<2 * H>(v);
+  }
+}
+
+// Lane l of the result is the sum, or the largest, of all lanes of v[l]; destroys v.
+template <bool Max, int H = 1>
+inline f32v folds(f32v* v) {
+  if constexpr (H == kLanes) {
+    return v[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2 * H) {
+      const f32v a = shuffle<Straight<H>>(v[i], v[i + H]), b = shuffle<Crossed<H>>(v[i], v[i + H]);
+      v[i] = Max ? max(a, b) : a + b;
+    }
+    return folds<Max, 2 * H>(v);
   }
 }
 

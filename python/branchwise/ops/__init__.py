@@ -7,7 +7,10 @@ reference that the tests use as oracle.
 from ._load import CUDA_LOADED, ISA_LEVELS, LIBRARY_DIR, cpu_isa, set_cpu_isa
 from .attention import merge_attention, tree_attention
 from .draft import top_tokens
-from .kv import append_kv, commit_kv
+from .kv import append_kv, commit_kv, evict_kv, rerotate_keys
+from .scores import attention_mass, page_summaries, score_pages
+from .select import select_pages, select_slots
+from .sparse import sparse_attention
 from .tree import build_tree
 from .verify import (
     node_uniforms,
@@ -26,12 +29,20 @@ __all__ = [
     "ISA_LEVELS",
     "LIBRARY_DIR",
     "append_kv",
+    "attention_mass",
     "build_tree",
     "commit_kv",
     "cpu_isa",
+    "evict_kv",
     "merge_attention",
     "node_uniforms",
+    "page_summaries",
+    "rerotate_keys",
+    "score_pages",
+    "select_pages",
+    "select_slots",
     "set_cpu_isa",
+    "sparse_attention",
     "top_tokens",
     "tree_attention",
     "verify_block",

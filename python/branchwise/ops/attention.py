@@ -112,6 +112,13 @@ def gather_row(cache: Tensor, row: int, length: int, page_table: Tensor | None) 
     return cache[pages].transpose(0, 1).flatten(1, 2)[:, :length]
 
 
+def head_rows(cache: Tensor, row: int, head: int, length: int, page_table: Tensor | None) -> Tensor:
+    """The first ``length`` slots of a row and head, [length, D]; the table may have pages per head."""
+    if page_table is not None and page_table.dim() == 3:
+        return gather_row(cache, row, length, page_table[:, head])[0]
+    return gather_row(cache, row, length, page_table)[head]
+
+
 def unpack_mask(tree_mask: Tensor, T: int) -> Tensor:
     """bool[..., T, T] from ancestor words i64[..., T, W]."""
     bits = (tree_mask[..., None] >> torch.arange(64)) & 1

@@ -115,3 +115,96 @@ def commit_kv_reference(caches, accepted, num_accepted, seq_lens, page_table=Non
             for j, row in enumerate(rows):
                 slot_view(cache, b, int(seq_lens[b]) + j, page_table).copy_(row)
     return seq_lens + num_accepted
+
+
+def evict_kv(
+    key_cache: Tensor, value_cache: Tensor, keep: Tensor, counts: Tensor, page_table: Tensor | None = None
+) -> None:
+    """Moves the kept slots of every list together at the front, in place; what lies behind is garbage.
+
+    Args:
+        key_cache, value_cache: contiguous [B, Hkv, S, D] or paged, with pages shared by the heads or per head; mutated.
+        keep: i32[B, Hs, K] ascending slots, the first ``counts`` of each list; Hs is 1 (the same for all heads) or Hkv.
+        counts: i32[B, Hs].
+        page_table: of both caches.
+
+    Raises:
+        RuntimeError: a list does not ascend or leaves the cache, or shapes disagree; nothing is moved then.
+
+    Source: card sparse-kernel-interface, family H (compact_kv).
+    """
+    refuse_grad("evict_kv", key_cache, value_cache)
+    torch.ops.branchwise.evict_kv.default(key_cache, value_cache, keep, counts, page_table)
+
+
+@torch.library.register_fake("branchwise::evict_kv")
+def _(key_cache, value_cache, keep, counts, page_table=None):
+    return None
+
+
+def head_slot(cache: Tensor, row: int, head: int, slot: int, page_table: Tensor | None) -> Tensor:
+    """View [D] of one slot of one head."""
+    if page_table is not None and page_table.dim() == 3:
+        return slot_view(cache, row, slot, page_table[:, head])[0]
+    return slot_view(cache, row, slot, page_table)[head]
+
+
+def evict_kv_reference(key_cache, value_cache, keep, counts, page_table=None) -> None:
+    """The definition of :func:`evict_kv`: read every source, then write."""
+    Hkv = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else key_cache.shape[1]
+    for cache in (key_cache, value_cache):
+        for b in range(keep.shape[0]):
+            for h in range(Hkv):
+                g = h if keep.shape[1] > 1 else 0
+                kept = keep[b, g, : int(counts[b, g])].tolist()
+                rows = [head_slot(cache, b, h, slot, page_table).clone() for slot in kept]
+                for j, row in enumerate(rows):
+                    head_slot(cache, b, h, j, page_table).copy_(row)
+
+
+def rerotate_keys(
+    key_cache: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    shift: Tensor,
+    inv_freq: Tensor,
+    page_table: Tensor | None = None,
+) -> None:
+    """Moves cached keys to other positions: turns slots ``begin[b]`` to ``end[b] - 1`` by ``shift[b]`` more positions.
+
+    A key at position p becomes one at ``p + shift``. Angles are computed in fp64, products in fp32, rounded once per
+    call: turn from an unturned copy where a key is moved again and again.
+
+    Args:
+        key_cache: [B, Hkv, S, D] or paged, post-RoPE, halves paired as in transformers; mutated.
+        begin, end: i32[B] or i32[B, Hkv].
+        shift: i64[B] positions, negative to go back.
+        inv_freq: f32[R / 2], the rotary embedding's ``inv_freq``; the first R of D values are turned.
+
+    Raises:
+        RuntimeError: shapes, dtypes or slots break the rules above; nothing is written then.
+
+    Source: card sparse-kernel-interface, family H (rope_shift); kv-eviction-baselines.
+    """
+    refuse_grad("rerotate_keys", key_cache)
+    torch.ops.branchwise.rerotate_keys.default(key_cache, begin, end, shift, inv_freq, page_table)
+
+
+@torch.library.register_fake("branchwise::rerotate_keys")
+def _(key_cache, begin, end, shift, inv_freq, page_table=None):
+    return None
+
+
+def rerotate_keys_reference(key_cache, begin, end, shift, inv_freq, page_table=None) -> None:
+    """The definition of :func:`rerotate_keys` in float64."""
+    R = 2 * len(inv_freq)
+    Hkv = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else key_cache.shape[1]
+    for b in range(len(shift)):
+        angle = torch.cat([inv_freq, inv_freq]).double() * int(shift[b])
+        for h in range(Hkv):
+            first, last = (int(x[b] if x.dim() == 1 else x[b, h]) for x in (begin, end))
+            for slot in range(first, last):
+                key = head_slot(key_cache, b, h, slot, page_table)
+                x = key[:R].double()
+                turned = torch.cat([-x[R // 2 :], x[: R // 2]])
+                key[:R] = (x * angle.cos() + turned * angle.sin()).to(key.dtype)

@@ -1,0 +1,38 @@
+// What tree_attention and sparse_attention share: checks of their common arguments, cutting the
+// work into units, threads.
+#pragma once
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "cpu/kernels/attention_kernel.h"
+#include "cpu/kv_args.h"
+
+namespace branchwise {
+
+struct AttentionInputs {
+  Tensor query, key_cache, value_cache, seq_lens;
+  std::optional<Tensor> tree_mask, page_table;
+  std::optional<double> scale;
+  std::optional<Tensor> sinks;
+  double softcap;
+};
+
+// A checked call, all but for what each row attends to.
+struct AttentionCall {
+  AttentionArgs args;
+  CacheShape shape;
+  RowLens lens;
+  int64_t B;
+  std::vector<int32_t> depths;
+  bool empty() const { return B * args.T == 0; }
+};
+
+AttentionCall check_attention(const char* op, const AttentionInputs& in);
+
+// places: one per (row, KV head), or with per_token per (row, token, KV head).
+std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<Places>& places,
+                                         bool per_token);
+
+}  // namespace branchwise

@@ -1,0 +1,297 @@
+// Scores and summaries for one ISA level (BW_ISA); the products are those of attention.
+#include "cpu/kernels/score_kernel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace branchwise::BW_ISA {
+namespace {
+
+#include "cpu/kernels/pack-inl.h"
+
+struct NoPrefetch {
+  void step() {}
+};
+
+// Scores of a tile as vectors. Few rows: one column, a vector holds kSlots slots of all rows, row r
+// of slot s in lane r * kSlots + s. Many rows: `columns` vectors per slot, a row in each lane.
+struct TileScores {
+  float* data;
+  int64_t vectors;  // per column
+  int columns;
+  int64_t slots_per_vector;  // 1 with many rows
+};
+
+// The rows behind the lanes of one column.
+struct LaneRows {
+  f32v lse2, weight;  // lse in base 2; weight 0 in lanes without a row
+  i32v last;          // the last key that the row sees
+  i32v used;          // lanes with a row
+};
+
+int32_t clamp_slot(int64_t slot) {
+  return slot < INT32_MAX ? static_cast<int32_t>(slot) : INT32_MAX;
+}
+
+// The scores of a tile for rows [first, first + 48) of a unit, packed at `query`.
+template <typename T, typename M, int R = 1>
+void few_scores(const T* const* keys, int64_t count, const float* query, int64_t rows, int64_t D,
+                TileScores* out) {
+  if constexpr (R <= kFewRows) {
+    if (rows != R) return few_scores<T, M, R + 1>(keys, count, query, rows, D, out);
+    constexpr int S = kSlots<R>;
+    out->vectors = (count + S - 1) / S;
+    out->columns = 1;
+    out->slots_per_vector = S;
+    for (int64_t g = 0; g < out->vectors; ++g)
+      store(out->data + g * kLanes, score_slots<M, R>(keys + g * S, keys + g * S, query, D));
+  }
+}
+
+template <typename M, int NV>
+void many_scores(const Lines<M>& tile, const float* query, int64_t D, TileScores* out) {
+  constexpr int64_t ld = NV * kLanes;
+  constexpr int NB = kBroadcast<NV>;
+  NoPrefetch ahead;
+  int64_t s = 0;
+  for (; s + NB <= tile.count; s += NB)
+    scores_block<M, NV, NB>(query, tile.keys + s, D / M::kPack, out->data + s * ld, ahead);
+  for (; s < tile.count; ++s)
+    scores_block<M, NV, 1>(query, tile.keys + s, D / M::kPack, out->data + s * ld, ahead);
+  out->vectors = tile.count;
+  out->columns = NV;
+  out->slots_per_vector = 1;
+}
+
+LaneRows lane_rows(const ScoreArgs& a, const ScoreUnit& u, int64_t first, int64_t slots) {
+  const int64_t rows = static_cast<int64_t>(u.tokens) * u.heads, G = a.Hq / a.Hkv;
+  float lse2[kLanes], weight[kLanes];
+  int32_t last[kLanes], used[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) {
+    const int64_t r = first + l / slots;
+    used[l] = r < rows ? -1 : 0;
+    const int64_t row = r < rows ? r : rows - 1;
+    const int64_t t = u.token_begin + row / u.heads;
+    const int64_t head = u.kv_head * G + u.head_begin + row % u.heads;
+    lse2[l] = a.lse != nullptr ? a.lse[(u.batch * a.Hq + head) * a.T + t] * kLog2e : 0.f;
+    weight[l] = r >= rows ? 0.f : a.weights != nullptr ? a.weights[u.batch * a.T + t] : 1.f;
+    last[l] = clamp_slot(u.new_slot + t);
+  }
+  return {load(lse2), load(weight), load(last), load(used)};
+}
+
+// Calls f(scores, column, rows of its lanes, first row, key of its first vector) for every column
+// of every tile, in order of keys.
+template <typename T, typename M, typename F>
+void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, const F& f) {
+  const int64_t rows = static_cast<int64_t>(u.tokens) * u.heads, D = a.D, G = a.Hq / a.Hkv;
+  float* query = scratch;
+  float* scores = query + query_floats(rows, D);
+  float* converted = scores + kKeyTile * 3 * kRowPad;
+  pack_query<T, M>(rows, D, query, [&](int64_t r) {
+    const int64_t t = u.token_begin + r / u.heads, head = u.head_begin + r % u.heads;
+    return static_cast<const T*>(a.query) + u.batch * a.q_stride[0] +
+           (u.kv_head * G + head) * a.q_stride[1] + t * a.q_stride[2];
+  });
+  Places all{};
+  all.prefix = all.sink = INT32_MAX;
+  const T* keys[kKeyTile];
+  for (int64_t begin = u.begin; begin < u.end; begin += kKeyTile) {
+    const int64_t count = u.end - begin < kKeyTile ? u.end - begin : kKeyTile;
+    for_each_run(all, a.layout, begin, count, [&](int64_t s, int64_t slot, int64_t n) {
+      find_run(a.layout, a.keys, u.batch, u.kv_head, slot, n, keys + s);
+    });
+    for (int64_t s = count; s < kKeyTile; ++s) keys[s] = zeros<T>();
+    TileScores tile{scores, 0, 0, 0};
+    if (rows <= kFewRows) {
+      few_scores<T, M>(keys, count, query, rows, D, &tile);
+      f(tile, 0, lane_rows(a, u, 0, tile.slots_per_vector), 0, begin, count);
+      continue;
+    }
+    Lines<M> lines;
+    lines.begin = begin;
+    lines.count = count;
+    make_key_lines(keys, count, D, converted, &lines);
+    for_each_group(rows, [&](int64_t first, int nv) {
+      const auto call = nv == 3   ? many_scores<M, 3>
+                        : nv == 2 ? many_scores<M, 2>
+                                  : many_scores<M, 1>;
+      call(lines, query + first * D, D, &tile);
+      for (int v = 0; v < nv; ++v)
+        f(tile, v, lane_rows(a, u, first + v * kLanes, 1), first + v * kLanes, begin, count);
+    });
+  }
+}
+
+// Logits of one vector in base 2, with -inf where a row does not see the key.
+struct Logits {
+  float factor, softcap;
+  explicit Logits(const ScoreArgs& a)
+      : factor(a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e), softcap(a.softcap) {}
+  f32v operator()(f32v x) const {
+    x = x * factor;
+    return softcap > 0.f ? tanh(x) * (softcap * kLog2e) : x;
+  }
+};
+
+i32v lane_numbers() {
+  int32_t n[kLanes];
+  for (int l = 0; l < kLanes; ++l) n[l] = l;
+  return load(n);
+}
+
+template <typename T, typename M, bool Max>
+void reduce_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
+  const Logits logits(a);
+  const bool probabilities = a.lse != nullptr;
+  const f32v nothing = splat(Max ? -kInf : 0.f);
+  const i32v lane = lane_numbers();
+  for (int64_t i = 0; i < u.end - u.begin; ++i) u.out[i] = Max ? -kInf : 0.f;
+  for_each_column<T, M>(
+      a, u, scratch,
+      [&](const TileScores& tile, int column, const LaneRows& rows, int64_t, int64_t begin,
+          int64_t count) {
+        float* out = u.out + (begin - u.begin);
+        const int64_t S = tile.slots_per_vector;
+        const bool causal = begin + count > u.new_slot;
+        const i32v slot_of_lane = lane & static_cast<int32_t>(S - 1);
+        const auto reduced = [&](int64_t i) {
+          f32v x = logits(load(tile.data + (i * tile.columns + column) * kLanes));
+          if (probabilities) {
+            x = exp2(x - rows.lse2);
+            if (causal)
+              x = (slot_of_lane + static_cast<int32_t>(begin + i * S)) > rows.last ? f32v{} : x;
+          } else {
+            x *= kLn2;
+          }
+          x *= rows.weight;
+          return Max ? (rows.used != 0 ? x : nothing) : x;
+        };
+        const auto join = [&](float* to, float x) { *to = Max ? (x > *to ? x : *to) : *to + x; };
+        if (S > 1) {  // few rows: rows lie S lanes apart
+          for (int64_t i = 0; i < tile.vectors; ++i) {
+            float lanes[kLanes];
+            store(lanes, reduced(i));
+            for (int64_t l = 0; l < kLanes; ++l)
+              if (const int64_t s = i * S + l % S; s < count) join(out + s, lanes[l]);
+          }
+          return;
+        }
+        for (int64_t i = 0; i < tile.vectors; i += kLanes) {
+          const int64_t n = count - i < kLanes ? count - i : kLanes;
+          f32v x[kLanes];
+          for (int64_t j = 0; j < kLanes; ++j) x[j] = j < n ? reduced(i + j) : nothing;
+          const f32v sum = folds<Max>(x);
+          for (int64_t j = 0; j < n; ++j) join(out + i + j, sum[j]);
+        }
+      });
+}
+
+template <typename T, typename M>
+void lse_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
+  const Logits logits(a);
+  const int64_t rows = static_cast<int64_t>(u.tokens) * u.heads, padded = padded_rows(rows);
+  // Maxima and sums per lane: of a row with many rows, of a part of one with few.
+  const int64_t lanes = padded < kLanes ? kLanes : padded;
+  float* top = scratch + query_floats(rows, a.D) + kKeyTile * 3 * kRowPad + kKeyTile * a.D;
+  float* sum = top + lanes;
+  for (int64_t i = 0; i < lanes; ++i) top[i] = -kInf, sum[i] = 0.f;
+  int64_t slots = 1;
+  const i32v lane = lane_numbers();
+  for_each_column<T, M>(
+      a, u, scratch,
+      [&](const TileScores& tile, int column, const LaneRows& of, int64_t first, int64_t begin,
+          int64_t count) {
+        const int64_t S = slots = tile.slots_per_vector;
+        const int32_t end = static_cast<int32_t>(begin + count);
+        const i32v slot_of_lane = lane & static_cast<int32_t>(S - 1);
+        const bool masked = begin + count > u.new_slot || count % S != 0;
+        const f32v before = load(top + first);
+        f32v high = before;
+        for (int64_t i = 0; i < tile.vectors; ++i) {
+          float* at = tile.data + (i * tile.columns + column) * kLanes;
+          f32v x = logits(load(at));
+          if (masked) {
+            const i32v slot = slot_of_lane + static_cast<int32_t>(begin + i * S);
+            x = (slot > of.last) | (slot >= end) ? splat(-kInf) : x;
+          }
+          store(at, x);
+          high = max(high, x);
+        }
+        const f32v shift = high == -kInf ? f32v{} : high;
+        f32v total = load(sum + first) * exp2(before - shift);
+        for (int64_t i = 0; i < tile.vectors; ++i)
+          total += exp2(load(tile.data + (i * tile.columns + column) * kLanes) - shift);
+        store(top + first, high);
+        store(sum + first, total);
+      });
+  for (int64_t r = 0; r < rows; ++r) {
+    float high = -kInf, total = 0.f;
+    for (int64_t s = 0; s < slots; ++s)
+      high = top[r * slots + s] > high ? top[r * slots + s] : high;
+    const float shift = high == -kInf ? 0.f : high;
+    for (int64_t s = 0; s < slots; ++s)
+      total += sum[r * slots + s] * exp2(top[r * slots + s] - shift);
+    u.out[r] = total > 0.f ? (high + __builtin_log2f(total)) * kLn2 : -kInf;
+  }
+}
+
+template <typename F>
+void by_product(const ScoreArgs& a, F f) {
+  by_type(a.type, [&](auto type) {
+    with_product<decltype(type)>(a.D, [&](auto product) { f(type, product); });
+  });
+}
+
+void reduce_rows(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
+  by_product(a, [&](auto type, auto product) {
+    using T = decltype(type);
+    using M = decltype(product);
+    if (a.take_max)
+      reduce_typed<T, M, true>(a, u, scratch);
+    else
+      reduce_typed<T, M, false>(a, u, scratch);
+  });
+}
+
+void row_lse(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
+  by_product(a, [&](auto type, auto product) {
+    lse_typed<decltype(type), decltype(product)>(a, u, scratch);
+  });
+}
+
+template <typename T>
+void summarise_typed(const T* const* rows, int64_t count, int64_t D, Summary kind, T* out) {
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const int64_t n = D - d < kLanes ? D - d : kLanes;
+    f32v low = load_wide(rows[0] + d, n), high = low, sum = low;
+    for (int64_t i = 1; i < count; ++i) {
+      const f32v x = load_wide(rows[i] + d, n);
+      low = x < low ? x : low;
+      high = max(high, x);
+      sum += x;
+    }
+    if (kind == Summary::mean) {
+      store_narrow(out + d, sum * (1.f / static_cast<float>(count)), n);
+    } else {
+      store_narrow(out + d, high, n);
+      store_narrow(out + D + d, low, n);
+    }
+  }
+}
+
+void summarise(DType type, const void* const* rows, int64_t count, int64_t D, Summary kind,
+               void* out) {
+  by_type(type, [&](auto element) {
+    using T = decltype(element);
+    summarise_typed(reinterpret_cast<const T* const*>(rows), count, D, kind, static_cast<T*>(out));
+  });
+}
+
+}  // namespace
+
+extern const ScoreKernels score_kernels;
+const ScoreKernels score_kernels = {reduce_rows, row_lse, summarise};
+
+}  // namespace branchwise::BW_ISA

@@ -1,0 +1,316 @@
+// page_summaries, score_pages and attention_mass: what a KV policy looks at.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/empty.h"
+#include "cpu/isa.h"
+#include "cpu/kernels/score_kernel.h"
+#include "cpu/kv_args.h"
+#include "cpu/workers.h"
+
+namespace branchwise {
+namespace {
+
+constexpr int64_t kKeysPerUnit = 8 * kKeyTile;
+constexpr int64_t kRowsPerLse = 48;  // query rows of one pass over the keys
+
+int64_t bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
+// Runs units, each over its keys; those of one head lie together.
+void run_units(const ScoreArgs& args, const std::vector<ScoreUnit>& units, int64_t most_rows,
+               bool lse) {
+  const ScoreKernels& k = BW_KERNELS(score_kernels);
+  int64_t work = 0;
+  for (const ScoreUnit& u : units) work += (u.end - u.begin) * (u.tokens * u.heads + 4) * args.D;
+  run_guided(static_cast<int64_t>(units.size()), score_scratch(most_rows, args.D), work < (1 << 18),
+             [&](int64_t i, float* scratch) {
+               (lse ? k.row_lse : k.reduce_rows)(args, units[i], scratch);
+             });
+}
+
+// The logits' log-sum-exp of every query row, f32[B, Hq, T], over keys [0, end(b, h)).
+template <typename F>
+std::vector<float> lse_of_rows(ScoreArgs args, int64_t B, bool causal, const RowLens* lens,
+                               const F& end) {
+  std::vector<float> lse(B * args.Hq * args.T);
+  std::vector<ScoreUnit> units;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < args.Hkv; ++h)
+      for (int64_t g = 0; g < args.Hq / args.Hkv; ++g)  // rows of a head lie together in lse
+        for (int64_t t = 0; t < args.T; t += kRowsPerLse) {
+          const int64_t head = h * (args.Hq / args.Hkv) + g;
+          units.push_back(
+              {static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(t),
+               static_cast<int32_t>(std::min(kRowsPerLse, args.T - t)), static_cast<int32_t>(g), 1,
+               0, end(b, h), causal ? lens->at(b, h) : kSeesAll,
+               lse.data() + (b * args.Hq + head) * args.T + t});
+        }
+  args.lse = nullptr;
+  run_units(args, units, std::min(kRowsPerLse, args.T), true);
+  return lse;
+}
+
+struct QueryShape {
+  int64_t B, Hq, T, D;
+};
+
+QueryShape check_query(const char* op, const Tensor& query) {
+  check_dim(op, "query", query, 4, "[B, Hq, T, D]");
+  check_float_dtype(op, "query", query);
+  check_last_contiguous(op, "query", query);
+  return {query.size(0), query.size(1), query.size(2), query.size(3)};
+}
+
+void check_reduce(const char* op, int64_t reduce) {
+  BW_CHECK(reduce == 0 || reduce == 1, op, ": reduce must be 0 (sum) or 1 (max), got ", reduce);
+}
+
+}  // namespace
+
+void page_summaries(Tensor key_cache, Tensor begin, Tensor end, Tensor summaries, int64_t page_size,
+                    std::optional<Tensor> segment_offsets, std::optional<Tensor> page_table) {
+  const char* op = "page_summaries";
+  check_float_dtype(op, "key_cache", key_cache);
+  check_dim(op, "summaries", summaries, 4, "[B, Hkv, N, D or 2 D]");
+  check_dtype(op, "summaries", summaries, key_cache.scalar_type());
+  check_contiguous(op, "summaries", summaries);
+  const int64_t B = summaries.size(0);
+  const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
+  const int64_t Hkv = shape.Hkv, D = shape.D, N = summaries.size(2);
+  check_size(op, "summaries", summaries, 1, Hkv, "Hkv");
+  BW_CHECK(summaries.size(3) == D || summaries.size(3) == 2 * D, op,
+           ": summaries.size(3) must be D (mean) or 2 D (max and min), with D = ", D,
+           ", got shape ", shape_of(summaries));
+  const Summary kind = summaries.size(3) == D ? Summary::mean : Summary::min_max;
+  const RowLens from = check_seq_lens(op, begin, B, 0, shape, "begin");
+  const RowLens to = check_seq_lens(op, end, B, 0, shape, "end");
+  const int32_t* offsets = nullptr;
+  if (segment_offsets) {
+    check_dim(op, "segment_offsets", *segment_offsets, 3, "[B, Hkv, N + 1]");
+    check_size(op, "segment_offsets", *segment_offsets, 0, B, "B");
+    check_size(op, "segment_offsets", *segment_offsets, 1, Hkv, "Hkv");
+    check_size(op, "segment_offsets", *segment_offsets, 2, N + 1, "N + 1");
+    check_dtype(op, "segment_offsets", *segment_offsets, ScalarType::Int);
+    check_contiguous(op, "segment_offsets", *segment_offsets);
+    offsets = static_cast<const int32_t*>(segment_offsets->const_data_ptr());
+  } else {
+    BW_CHECK(page_size >= 1, op, ": page_size must be at least 1, got ", page_size);
+  }
+  const KvLayout layout = layout_of(key_cache, page_table);
+  // Units [first, last) of a row and head: pages that slots were added to, or given segments.
+  const auto first = [&](int64_t b, int64_t h) -> int64_t {
+    return offsets ? from.at(b, h) : from.at(b, h) / page_size;
+  };
+  const auto last = [&](int64_t b, int64_t h) -> int64_t {
+    return offsets ? to.at(b, h) : (to.at(b, h) + page_size - 1) / page_size;
+  };
+  const auto slots = [&](int64_t b, int64_t h, int64_t n) -> std::pair<int64_t, int64_t> {
+    if (offsets == nullptr)
+      return {n * page_size, std::min<int64_t>((n + 1) * page_size, to.at(b, h))};
+    const int32_t* at = offsets + (b * Hkv + h) * (N + 1) + n;
+    return {at[0], at[1]};
+  };
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < Hkv; ++h) {
+      if (from.at(b, h) >= to.at(b, h)) continue;
+      BW_CHECK(last(b, h) <= N, op, ": summaries has room for N = ", N, " units per head, row ", b,
+               " needs ", last(b, h));
+      for (int64_t n = first(b, h); n < last(b, h); ++n) {
+        const auto [low, high] = slots(b, h, n);
+        BW_CHECK(low >= 0 && low <= high && high <= shape.capacity, op, ": segment_offsets[", b,
+                 ", ", h, "] goes from ", low, " to ", high, " at ", n,
+                 " and must ascend between 0 and ", shape.capacity);
+        check_pages(op, layout, shape, b, h, low, high);
+      }
+    }
+
+  const ScoreKernels& k = BW_KERNELS(score_kernels);
+  const DType type = dtype_of(key_cache.scalar_type());
+  const int64_t bytes = bytes_of(type), width = summaries.size(3);
+  const char* keys = static_cast<const char*>(key_cache.const_data_ptr());
+  char* out = static_cast<char*>(summaries.mutable_data_ptr());
+  int64_t most = 0;
+  for (int64_t b = 0; b < B; ++b) most = std::max<int64_t>(most, last(b, 0) - first(b, 0));
+  const int64_t grain = most > 16 ? 1 : B * Hkv;
+  torch::stable::parallel_for(0, B * Hkv, grain, [&](int64_t first_item, int64_t last_item) {
+    std::vector<const void*> rows;
+    for (int64_t i = first_item; i < last_item; ++i) {
+      const int64_t b = i / Hkv, h = i % Hkv;
+      if (from.at(b, h) >= to.at(b, h)) continue;
+      for (int64_t n = first(b, h); n < last(b, h); ++n) {
+        const auto [low, high] = slots(b, h, n);
+        rows.clear();
+        for (int64_t slot = low; slot < high; ++slot)
+          rows.push_back(keys + layout.offset(b, h, slot) * bytes);
+        char* to_row = out + (i * N + n) * width * bytes;
+        if (rows.empty())
+          std::fill(to_row, to_row + width * bytes, 0);
+        else
+          k.summarise(type, rows.data(), high - low, D, kind, to_row);
+      }
+    }
+  });
+}
+
+Tensor score_pages(Tensor query, Tensor summaries, Tensor num_pages, int64_t reduce, bool per_token,
+                   bool normalize, double scale) {
+  const char* op = "score_pages";
+  const auto [B, Hq, T, D] = check_query(op, query);
+  check_reduce(op, reduce);
+  check_dim(op, "summaries", summaries, 4, "[B, Hkv, N, D or 2 D]");
+  check_dtype(op, "summaries", summaries, query.scalar_type());
+  check_last_contiguous(op, "summaries", summaries);
+  check_size(op, "summaries", summaries, 0, B, "B");
+  const int64_t Hkv = summaries.size(1), N = summaries.size(2), width = summaries.size(3);
+  BW_CHECK(Hkv > 0 && Hq % Hkv == 0, op, ": query heads Hq = ", Hq,
+           " must be a multiple of the KV heads Hkv = ", Hkv);
+  BW_CHECK(width == D || width == 2 * D, op, ": summaries.size(3) must be D or 2 D with D = ", D,
+           ", got shape ", shape_of(summaries));
+  BW_CHECK(D >= 1 && width <= kMaxHeadDim, op, ": summaries.size(3) = ", width,
+           " must lie between 1 and ", kMaxHeadDim);
+  const RowLens pages = check_seq_lens(op, num_pages, B, 0, {Hkv, D, N, N, B}, "num_pages");
+  const int64_t tokens = per_token ? T : 1;
+  Tensor out = empty<4>({B, tokens, Hkv, N}, ScalarType::Float);
+  float* scores = static_cast<float*>(out.mutable_data_ptr());
+  std::fill(scores, scores + B * tokens * Hkv * N, -INFINITY);
+  if (B * T * N == 0) return out;
+
+  ScoreArgs args{};
+  args.type = dtype_of(query.scalar_type());
+  args.query = query.const_data_ptr();
+  for (int i = 0; i < 3; ++i) args.q_stride[i] = query.stride(i);
+  // The bound sum_d max(q_d max_d, q_d min_d) is the product of (q+, q-) with (max, min).
+  std::vector<char> halves;
+  if (width == 2 * D) {
+    const int64_t bytes = bytes_of(args.type);
+    halves.assign(B * Hq * T * width * bytes, 0);
+    for (int64_t row = 0; row < B * Hq * T; ++row) {
+      const int64_t b = row / (Hq * T), h = row / T % Hq, t = row % T;
+      const char* from = static_cast<const char*>(query.const_data_ptr()) +
+                         (b * query.stride(0) + h * query.stride(1) + t * query.stride(2)) * bytes;
+      char* to = halves.data() + row * width * bytes;
+      for (int64_t d = 0; d < D; ++d) {
+        // The sign bit is the last one of the element in every dtype.
+        const bool negative = static_cast<signed char>(from[(d + 1) * bytes - 1]) < 0;
+        std::copy_n(from + d * bytes, bytes, to + (negative ? D + d : d) * bytes);
+      }
+    }
+    args.query = halves.data();
+    args.q_stride[0] = Hq * T * width;
+    args.q_stride[1] = T * width;
+    args.q_stride[2] = width;
+  }
+  args.keys = summaries.const_data_ptr();
+  args.layout = layout_of(summaries, std::nullopt);
+  args.Hq = Hq;
+  args.Hkv = Hkv;
+  args.T = T;
+  args.D = width;
+  args.scale = static_cast<float>(scale);
+  args.take_max = reduce == 1;
+  std::vector<float> lse;
+  if (normalize) {
+    lse =
+        lse_of_rows(args, B, false, nullptr, [&](int64_t b, int64_t h) { return pages.at(b, h); });
+    args.lse = lse.data();
+  }
+  std::vector<ScoreUnit> units;
+  const int32_t heads = static_cast<int32_t>(Hq / Hkv);
+  const int32_t together = static_cast<int32_t>(per_token ? 1 : T);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < Hkv; ++h)
+      for (int64_t begin = 0; begin < pages.at(b, h); begin += kKeysPerUnit)
+        for (int64_t t = 0; t < tokens; ++t)
+          units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h),
+                           static_cast<int32_t>(t), together, 0, heads, begin,
+                           std::min<int64_t>(begin + kKeysPerUnit, pages.at(b, h)), kSeesAll,
+                           scores + ((b * tokens + t) * Hkv + h) * N + begin});
+  run_units(args, units, together * heads, false);
+  return out;
+}
+
+Tensor attention_mass(Tensor query, Tensor key_cache, Tensor seq_lens, std::optional<Tensor> lse,
+                      std::optional<Tensor> weights, std::optional<Tensor> page_table,
+                      int64_t reduce, bool per_query_head, std::optional<double> scale,
+                      double softcap) {
+  const char* op = "attention_mass";
+  const auto [B, Hq, T, D] = check_query(op, query);
+  check_reduce(op, reduce);
+  check_dtype(op, "key_cache", key_cache, query.scalar_type());
+  const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
+  const int64_t Hkv = shape.Hkv;
+  check_size(op, "key_cache", key_cache, 3, D, "D of query");
+  BW_CHECK(D >= 1 && D <= kMaxHeadDim, op, ": query.size(3) = ", D,
+           " must be a head dim between 1 and ", kMaxHeadDim);
+  BW_CHECK(Hkv > 0 && Hq % Hkv == 0, op, ": query heads Hq = ", Hq,
+           " must be a multiple of the KV heads Hkv = ", Hkv);
+  BW_CHECK(softcap >= 0 && std::isfinite(softcap), op,
+           ": softcap must be 0 (none) or positive, got ", softcap);
+  const RowLens lens = check_seq_lens(op, seq_lens, B, T, shape);
+  ScoreArgs args{};
+  args.layout = layout_of(key_cache, page_table);
+  check_all_pages(op, args.layout, shape, lens, B, T);
+  if (lse) {
+    check_dim(op, "lse", *lse, 3, "[B, Hq, T]");
+    for (int i = 0; i < 3; ++i) check_size(op, "lse", *lse, i, query.size(i), "that of query");
+    check_dtype(op, "lse", *lse, ScalarType::Float);
+    check_contiguous(op, "lse", *lse);
+    args.lse = static_cast<const float*>(lse->const_data_ptr());
+  }
+  if (weights) {
+    check_nodes(op, "weights", *weights, B, T, ScalarType::Float);
+    args.weights = static_cast<const float*>(weights->const_data_ptr());
+    for (int64_t i = 0; i < B * T; ++i)
+      BW_CHECK(args.weights[i] >= 0, op, ": weights[", i / T, ", ", i % T, "] = ", args.weights[i],
+               " must not be negative");
+  }
+  const int64_t Ho = per_query_head ? Hq : Hkv, S = shape.capacity;
+  Tensor out = empty<3>({B, Ho, S}, ScalarType::Float);
+  float* mass = static_cast<float*>(out.mutable_data_ptr());
+  std::fill(mass, mass + B * Ho * S, 0.f);
+  if (B * T == 0) return out;
+  args.type = dtype_of(query.scalar_type());
+  args.query = query.const_data_ptr();
+  for (int i = 0; i < 3; ++i) args.q_stride[i] = query.stride(i);
+  args.keys = key_cache.const_data_ptr();
+  args.Hq = Hq;
+  args.Hkv = Hkv;
+  args.T = T;
+  args.D = D;
+  args.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(D)));
+  args.softcap = static_cast<float>(softcap);
+  args.take_max = reduce == 1;
+  const auto end = [&](int64_t b, int64_t h) -> int64_t { return lens.at(b, h) + T; };
+  std::vector<float> computed;
+  if (!lse) {
+    computed = lse_of_rows(args, B, true, &lens, end);
+    args.lse = computed.data();
+  }
+  std::vector<ScoreUnit> units;
+  const int64_t G = Hq / Hkv, together = per_query_head ? 1 : G;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < Hkv; ++h)
+      for (int64_t begin = 0; begin < end(b, h); begin += kKeysPerUnit)
+        for (int64_t g = 0; g < G; g += together) {
+          const int64_t head = per_query_head ? h * G + g : h;
+          units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), 0,
+                           static_cast<int32_t>(T), static_cast<int32_t>(g),
+                           static_cast<int32_t>(together), begin,
+                           std::min(begin + kKeysPerUnit, end(b, h)), lens.at(b, h),
+                           mass + (b * Ho + head) * S + begin});
+        }
+  run_units(args, units, T * together, false);
+  return out;
+}
+
+}  // namespace branchwise
+
+STABLE_TORCH_LIBRARY_IMPL(branchwise, CPU, m) {
+  m.impl("page_summaries", TORCH_BOX(&branchwise::page_summaries));
+  m.impl("score_pages", TORCH_BOX(&branchwise::score_pages));
+  m.impl("attention_mass", TORCH_BOX(&branchwise::attention_mass));
+}

@@ -1,0 +1,185 @@
+// select_pages and select_slots: from scores to ascending lists.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "common/check.h"
+#include "cpu/empty.h"
+
+namespace branchwise {
+namespace {
+
+// Larger floats have larger keys; NaN counts as the smallest.
+uint32_t key_of(float x) {
+  if (std::isnan(x)) return 0;
+  x += 0.f;  // -0 equals 0
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+struct Workspace {
+  std::vector<uint32_t> keys, left;
+  int32_t bins[2048];
+};
+
+// The `count` best of scores[begin, end), ties to the lower index, as ascending indices. A radix
+// search for the least key that is taken, then one pass that takes.
+int32_t* take_best(const float* scores, int64_t begin, int64_t end, int64_t count, Workspace& w,
+                   int32_t* out) {
+  const int64_t n = end - begin;
+  if (count >= n) {
+    for (int64_t i = begin; i < end; ++i) *out++ = static_cast<int32_t>(i);
+    return out;
+  }
+  if (count <= 0) return out;
+  w.keys.resize(n);
+  for (int64_t i = 0; i < n; ++i) w.keys[i] = key_of(scores[begin + i]);
+  const std::vector<uint32_t>* from = &w.keys;
+  uint32_t least = 0;
+  int64_t wanted = count;  // among the keys that share the bits found so far
+  for (const auto [shift, bits] : {std::pair{21, 11}, {10, 11}, {0, 10}}) {
+    std::fill(w.bins, w.bins + (1 << bits), 0);
+    const uint32_t mask = (1u << bits) - 1;
+    for (const uint32_t key : *from) ++w.bins[key >> shift & mask];
+    int64_t bin = (1 << bits) - 1;
+    for (; w.bins[bin] < wanted; --bin) wanted -= w.bins[bin];
+    least |= static_cast<uint32_t>(bin) << shift;
+    if (shift == 0) break;
+    std::vector<uint32_t> same;
+    same.reserve(w.bins[bin]);
+    for (const uint32_t key : *from)
+      if (key >> shift == least >> shift) same.push_back(key);
+    w.left = std::move(same);
+    from = &w.left;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const bool tie = w.keys[i] == least && wanted > 0;
+    if (w.keys[i] <= least && !tie) continue;
+    wanted -= tie;
+    *out++ = static_cast<int32_t>(begin + i);
+  }
+  return out;
+}
+
+const int32_t* check_limits(const char* op, const char* name, const Tensor& t, int64_t B, int64_t L,
+                            int64_t N) {
+  check_nodes(op, name, t, B, L, ScalarType::Int);
+  const int32_t* data = static_cast<const int32_t*>(t.const_data_ptr());
+  for (int64_t i = 0; i < B * L; ++i)
+    BW_CHECK(data[i] >= 0 && data[i] <= N, op, ": ", name, "[", i / L, ", ", i % L, "] = ", data[i],
+             " must lie between 0 and N = ", N);
+  return data;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor num_scored,
+                                        int64_t budget, int64_t num_sinks) {
+  const char* op = "select_pages";
+  check_dim(op, "scores", scores, 4, "[B, L, Hs, N]");
+  check_dtype(op, "scores", scores, ScalarType::Float);
+  check_contiguous(op, "scores", scores);
+  const int64_t B = scores.size(0), L = scores.size(1), H = scores.size(2), N = scores.size(3);
+  BW_CHECK(budget >= 0, op, ": budget must not be negative, got ", budget);
+  BW_CHECK(num_sinks >= 0, op, ": num_sinks must not be negative, got ", num_sinks);
+  const int32_t* all = check_limits(op, "num_pages", num_pages, B, L, N);
+  const int32_t* scored = check_limits(op, "num_scored", num_scored, B, L, N);
+  int64_t width = 1;
+  const auto forced = [&](int64_t row) -> int64_t {
+    const int64_t sinks = std::min<int64_t>(num_sinks, scored[row]);
+    return sinks + all[row] - scored[row];
+  };
+  for (int64_t i = 0; i < B * L; ++i) {
+    BW_CHECK(scored[i] <= all[i], op, ": num_scored[", i / L, ", ", i % L, "] = ", scored[i],
+             " must be at most num_pages there, ", all[i]);
+    width = std::max<int64_t>(width, std::min<int64_t>(all[i], std::max(budget, forced(i))));
+  }
+  Tensor indices = empty<4>({B, L, H, width}, ScalarType::Int);
+  Tensor counts = empty<3>({B, L, H}, ScalarType::Int);
+  int32_t* lists = static_cast<int32_t*>(indices.mutable_data_ptr());
+  int32_t* sizes = static_cast<int32_t*>(counts.mutable_data_ptr());
+  const float* data = static_cast<const float*>(scores.const_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, N));
+  torch::stable::parallel_for(0, B * L * H, grain, [&](int64_t begin, int64_t end) {
+    Workspace w;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / H, sinks = std::min<int64_t>(num_sinks, scored[row]);
+      int32_t *list = lists + i * width, *at = list;
+      for (int64_t n = 0; n < sinks; ++n) *at++ = static_cast<int32_t>(n);
+      at = take_best(data + i * N, sinks, scored[row], budget - forced(row), w, at);
+      for (int64_t n = scored[row]; n < all[row]; ++n) *at++ = static_cast<int32_t>(n);
+      sizes[i] = static_cast<int32_t>(at - list);
+      std::fill(at, list + width, -1);
+    }
+  });
+  return {indices, counts};
+}
+
+std::tuple<Tensor, Tensor> select_slots(Tensor scores, Tensor segment_offsets, Tensor num_segments,
+                                        int64_t budget) {
+  const char* op = "select_slots";
+  check_dim(op, "scores", scores, 4, "[B, L, Hs, S]");
+  check_dtype(op, "scores", scores, ScalarType::Float);
+  check_contiguous(op, "scores", scores);
+  const int64_t B = scores.size(0), L = scores.size(1), H = scores.size(2), S = scores.size(3);
+  BW_CHECK(budget >= 0, op, ": budget must not be negative, got ", budget);
+  check_dim(op, "segment_offsets", segment_offsets, 3, "[B, Hs, S + 1]");
+  check_size(op, "segment_offsets", segment_offsets, 0, B, "B");
+  check_size(op, "segment_offsets", segment_offsets, 1, H, "Hs");
+  check_size(op, "segment_offsets", segment_offsets, 2, S + 1, "S + 1");
+  check_dtype(op, "segment_offsets", segment_offsets, ScalarType::Int);
+  check_contiguous(op, "segment_offsets", segment_offsets);
+  const int32_t* offsets = static_cast<const int32_t*>(segment_offsets.const_data_ptr());
+  const int32_t* segments = check_limits(op, "num_segments", num_segments, B, L, S);
+  int64_t width = 1;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t h = 0; h < H; ++h) {
+      const int32_t* at = offsets + (b * H + h) * (S + 1);
+      const int32_t most = *std::max_element(segments + b * L, segments + (b + 1) * L);
+      for (int32_t n = 0; n < most; ++n)
+        BW_CHECK(at[n] >= 0 && at[n] <= at[n + 1], op, ": segment_offsets[", b, ", ", h,
+                 "] goes from ", at[n], " to ", at[n + 1], " at ", n, " and must ascend from 0");
+      if (most > 0) width = std::max<int64_t>(width, std::min<int64_t>(budget, at[most] - at[0]));
+    }
+  Tensor indices = empty<4>({B, L, H, width}, ScalarType::Int);
+  Tensor counts = empty<3>({B, L, H}, ScalarType::Int);
+  int32_t* lists = static_cast<int32_t*>(indices.mutable_data_ptr());
+  int32_t* sizes = static_cast<int32_t*>(counts.mutable_data_ptr());
+  const float* data = static_cast<const float*>(scores.const_data_ptr());
+  torch::stable::parallel_for(0, B * L * H, 8, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> order;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / (L * H), h = i % H;
+      const int32_t* at = offsets + (b * H + h) * (S + 1);
+      const float* of = data + i * S;
+      order.resize(segments[i / H]);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(),
+                       [&](int32_t x, int32_t y) { return key_of(of[x]) > key_of(of[y]); });
+      int32_t *list = lists + i * width, *to = list;
+      int64_t left = budget;
+      for (const int32_t n : order) {
+        if (!(of[n] > -INFINITY)) break;
+        for (int32_t slot = at[n]; slot < at[n + 1] && left > 0; ++slot, --left) *to++ = slot;
+        if (left == 0) break;
+      }
+      std::sort(list, to);
+      sizes[i] = static_cast<int32_t>(to - list);
+      std::fill(to, list + width, -1);
+    }
+  });
+  return {indices, counts};
+}
+
+}  // namespace branchwise
+
+STABLE_TORCH_LIBRARY_IMPL(branchwise, CPU, m) {
+  m.impl("select_pages", TORCH_BOX(&branchwise::select_pages));
+  m.impl("select_slots", TORCH_BOX(&branchwise::select_slots));
+}
