@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
     for (int64_t s = first; s < slots; s += split) {
       units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h),
                        static_cast<int32_t>(t * G), static_cast<int32_t>(end_token * G), s,
-                       std::min(slots, s + split), nullptr, &p});
+                       std::min(slots, s + split), nullptr, &p, nullptr});
       block_of.push_back(static_cast<int64_t>(first_unit.size()) - 1);
       partial_at.push_back(floats);
       floats += partial_floats((end_token - t) * G, D);
@@ -165,7 +165,10 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
     }
   first_unit.push_back(static_cast<int64_t>(units.size()));
   float* workspace = workspace_buffer.reserve(floats);
-  for (size_t i = 0; i < units.size(); ++i) units[i].partial = workspace + partial_at[i];
+  for (size_t i = 0; i < units.size(); ++i) {
+    units[i].partial = workspace + partial_at[i];
+    if (i + 1 < units.size()) units[i].following = &units[i + 1];
+  }
   std::unique_ptr<std::atomic<int64_t>[]> unfinished(
       new std::atomic<int64_t>[first_unit.size() - 1]);
   for (size_t i = 0; i + 1 < first_unit.size(); ++i)

@@ -38,19 +38,16 @@ std::vector<float> lse_of_rows(ScoreArgs args, int64_t B, bool causal, const Row
                                const F& end) {
   std::vector<float> lse(B * args.Hq * args.T);
   std::vector<ScoreUnit> units;
+  const int64_t G = args.Hq / args.Hkv, tokens = std::max<int64_t>(1, kRowsPerLse / G);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < args.Hkv; ++h)
-      for (int64_t g = 0; g < args.Hq / args.Hkv; ++g)  // rows of a head lie together in lse
-        for (int64_t t = 0; t < args.T; t += kRowsPerLse) {
-          const int64_t head = h * (args.Hq / args.Hkv) + g;
-          units.push_back(
-              {static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(t),
-               static_cast<int32_t>(std::min(kRowsPerLse, args.T - t)), static_cast<int32_t>(g), 1,
-               0, end(b, h), causal ? lens->at(b, h) : kSeesAll,
-               lse.data() + (b * args.Hq + head) * args.T + t});
-        }
+      for (int64_t t = 0; t < args.T; t += tokens)
+        units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), static_cast<int32_t>(t),
+                         static_cast<int32_t>(std::min(tokens, args.T - t)), 0,
+                         static_cast<int32_t>(G), 0, end(b, h), causal ? lens->at(b, h) : kSeesAll,
+                         lse.data() + (b * args.Hq + h * G) * args.T});
   args.lse = nullptr;
-  run_units(args, units, std::min(kRowsPerLse, args.T), true);
+  run_units(args, units, std::min(tokens, args.T) * G, true);
   return lse;
 }
 

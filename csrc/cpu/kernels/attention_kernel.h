@@ -75,6 +75,7 @@ struct AttentionUnit {
   int64_t slot_begin, slot_end;  // places of this split
   float* partial;                // partial_floats(rows, D) floats
   const Places* places;
+  const AttentionUnit* following;  // likely this thread's next, or nullptr
 };
 
 constexpr int64_t kKeyTile = 64;       // slots handled together; their scores stay in L1

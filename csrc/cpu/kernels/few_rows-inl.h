@@ -23,8 +23,8 @@ constexpr int kSlots = R == 1   ? kLanes
 // limit here, and the hardware looks neither past the arithmetic of a tile nor past a page.
 
 // Scores of S slots. The query is packed as [D / chunk][R] vectors.
-template <typename M, int R, typename T>
-inline f32v score_slots(const T* const* keys, const T* const* next, const float* query, int64_t D) {
+template <typename M, int R, typename T, typename P>
+inline f32v score_slots(const T* const* keys, P& ahead, const float* query, int64_t D) {
   constexpr int S = kSlots<R>, kChunk = kLanes * M::kPack;
   f32v acc[kLanes] = {};
   typename M::Vec key[S];
@@ -41,7 +41,7 @@ inline f32v score_slots(const T* const* keys, const T* const* next, const float*
 #pragma GCC unroll 16
     for (int s = 0; s < S; ++s) {
       key[s] = M::row(keys[s] + d);
-      prefetch(next[s] + d);
+      ahead.step();
     }
     add(query);
   }
@@ -55,9 +55,9 @@ inline f32v score_slots(const T* const* keys, const T* const* next, const float*
 // out[r][d ..] = out[r][d ..] * alpha[r] + sum over the tile's slots of p[r][slot] *
 // value[slot][d ..], for R rows and NC whole chunks of the head dim, or with NC = 0 for the n
 // values left. Rows are ld floats apart in out, and S lanes in probs and alpha.
-template <typename M, int S, int R, int NC, typename T>
-inline void add_block(const Tile<T>& tile, const Tile<T>& next, int64_t d, int64_t n,
-                      const float* probs, const float* alpha, float* out, int64_t ld) {
+template <typename M, int S, int R, int NC, typename T, typename P>
+inline void add_block(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const float* probs,
+                      const float* alpha, float* out, int64_t ld) {
   constexpr int kPack = M::kPack, NV = (NC > 0 ? NC : 1) * kPack;
   f32v acc[R][NV];
 #pragma GCC unroll 16
@@ -74,7 +74,7 @@ inline void add_block(const Tile<T>& tile, const Tile<T>& next, int64_t d, int64
         for (int c = 0; c < NC; ++c) {
           const int64_t at = d + c * kLanes * kPack;
           M::columns(tile.values + begin + s, at, x + c * kPack);
-          for (int i = 0; i < kPack; ++i) prefetch(next.values[begin + s + i] + at);
+          for (int i = 0; i < kPack; ++i) ahead.step();
         }
       } else {
         M::columns(tile.values + begin + s, d, n, x);
@@ -102,19 +102,22 @@ constexpr int kWideChunks = M::kPack == 1       ? kRegisters / 4
                                                 : 1;
 
 // The same for all R rows, as many at a time as half the registers hold.
-template <typename M, int S, int R, int NC, typename T>
-inline void add_values(const Tile<T>& tile, const Tile<T>& next, int64_t d, int64_t n,
-                       const float* probs, const float* alpha, float* out, int64_t ld) {
+template <typename M, int S, int R, int NC, typename T, typename P>
+inline void add_values(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const float* probs,
+                       const float* alpha, float* out, int64_t ld) {
   constexpr int kFit = kRegisters / 2 / ((NC > 0 ? NC : 1) * M::kPack);
   constexpr int kRows = kFit < 1 ? 1 : kFit < R ? kFit : R;
   int r = 0;
   for (; r + kRows <= R; r += kRows)
-    add_block<M, S, kRows, NC>(tile, next, d, n, probs + r * S / M::kPack, alpha + r * S,
+    add_block<M, S, kRows, NC>(tile, ahead, d, n, probs + r * S / M::kPack, alpha + r * S,
                                out + r * ld, ld);
   if constexpr (R % kRows != 0)
-    add_block<M, S, R % kRows, NC>(tile, next, d, n, probs + r * S / M::kPack, alpha + r * S,
+    add_block<M, S, R % kRows, NC>(tile, ahead, d, n, probs + r * S / M::kPack, alpha + r * S,
                                    out + r * ld, ld);
 }
+
+// Tiles between the one in hand and the one asked for: memory is far away when rows are few.
+constexpr int kTilesAhead = 2;
 
 // Whether a query node sees a place; the scalar twin of mask_tile.
 inline bool sees(const AttentionArgs& a, const AttentionUnit& u, int64_t query, int64_t low,
@@ -151,17 +154,19 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   const float scale = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e;
 
   f32v top = splat(-kInf), sum = {};
-  Tile<T> tiles[2];
-  Tile<T>*tile = tiles, *next = tiles + 1;
+  Tile<T> tiles[kTilesAhead + 1];
   const WindowCut cut = cut_window(a, u, lowest, highest);
   int64_t slot = cut.first;
-  find_tile(a, u, slot, tile);
-  if (slot < u.slot_end) prefetch_all(*tile, a.D);
-  for (; slot < u.slot_end; slot += kKeyTile) {
-    find_tile(a, u, slot + kKeyTile, next);
+  for (int i = 0; i < kTilesAhead; ++i) find_tile(a, u, slot + i * kKeyTile, tiles + i);
+  if (slot < u.slot_end) prefetch_all(tiles[0], a.D);
+  for (int at = 0; slot < u.slot_end; slot += kKeyTile, at = (at + 1) % (kTilesAhead + 1)) {
+    const Tile<T>* tile = tiles + at;
+    Tile<T>* later = tiles + (at + kTilesAhead) % (kTilesAhead + 1);
+    find_tile(a, u, slot + kTilesAhead * kKeyTile, later);
+    Prefetcher<T> ahead(*later, D);
     const int64_t count = tile->count, groups = (count + S - 1) / S;
     for (int64_t g = 0; g < groups; ++g) {
-      f32v x = score_slots<M, R>(tile->keys + g * S, next->keys + g * S, query, D) * scale;
+      f32v x = score_slots<M, R>(tile->keys + g * S, ahead, query, D) * scale;
       if (a.softcap > 0.f) x = tanh(x) * (a.softcap * kLog2e);
       store(scores + g * kLanes, x);
     }
@@ -192,14 +197,11 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
     const auto add_chunks = [&](auto chunks) {
       constexpr int NC = decltype(chunks)::value;
       for (; d + NC * kChunk <= D; d += NC * kChunk)
-        add_values<M, S, R, NC>(*tile, *next, d, 0, probs, alphas, out, ld);
+        add_values<M, S, R, NC>(*tile, ahead, d, 0, probs, alphas, out, ld);
     };
     add_chunks(Int<kWideChunks<M, R>>{});
     add_chunks(Int<1>{});
-    if (d < D) add_values<M, S, R, 0>(*tile, *next, d, D - d, probs, alphas, out, ld);
-    Tile<T>* done = tile;
-    tile = next;
-    next = done;
+    if (d < D) add_values<M, S, R, 0>(*tile, ahead, d, D - d, probs, alphas, out, ld);
   }
   sum = segment_sum<S>(sum);
   for (int r = 0; r < R; ++r) {

@@ -10,8 +10,36 @@ namespace {
 
 #include "cpu/kernels/pack-inl.h"
 
-struct NoPrefetch {
-  void step() {}
+// A tile's keys, and asking for them line by line while the tile before is in hand.
+template <typename T>
+struct KeyTile {
+  int64_t begin, count;
+  const T* keys[kKeyTile];
+};
+
+template <typename T>
+class KeyPrefetcher {
+ public:
+  KeyPrefetcher(const KeyTile<T>& tile, int64_t D)
+      : tile_(&tile), bytes_(D * static_cast<int64_t>(sizeof(T))) {
+    next_row();
+  }
+  void step() {
+    if (line_ >= end_) return;
+    prefetch(line_);
+    line_ += 64;
+    if (line_ >= end_) next_row();
+  }
+
+ private:
+  void next_row() {
+    if (++row_ >= tile_->count) return;
+    line_ = reinterpret_cast<const char*>(tile_->keys[row_]);
+    end_ = line_ + bytes_;
+  }
+  const KeyTile<T>* tile_;
+  int64_t bytes_, row_ = -1;
+  const char *line_ = nullptr, *end_ = nullptr;
 };
 
 // Scores of a tile as vectors. Few rows: one column, a vector holds kSlots slots of all rows, row r
@@ -36,24 +64,23 @@ int32_t clamp_slot(int64_t slot) {
 
 // The scores of a tile for rows [first, first + 48) of a unit, packed at `query`.
 template <typename T, typename M, int R = 1>
-void few_scores(const T* const* keys, int64_t count, const float* query, int64_t rows, int64_t D,
-                TileScores* out) {
+void few_scores(const KeyTile<T>& tile, KeyPrefetcher<T>& ahead, const float* query, int64_t rows,
+                int64_t D, TileScores* out) {
   if constexpr (R <= kFewRows) {
-    if (rows != R) return few_scores<T, M, R + 1>(keys, count, query, rows, D, out);
+    if (rows != R) return few_scores<T, M, R + 1>(tile, ahead, query, rows, D, out);
     constexpr int S = kSlots<R>;
-    out->vectors = (count + S - 1) / S;
+    out->vectors = (tile.count + S - 1) / S;
     out->columns = 1;
     out->slots_per_vector = S;
     for (int64_t g = 0; g < out->vectors; ++g)
-      store(out->data + g * kLanes, score_slots<M, R>(keys + g * S, keys + g * S, query, D));
+      store(out->data + g * kLanes, score_slots<M, R>(tile.keys + g * S, ahead, query, D));
   }
 }
 
-template <typename M, int NV>
-void many_scores(const Lines<M>& tile, const float* query, int64_t D, TileScores* out) {
+template <typename M, int NV, typename P>
+void many_scores(const Lines<M>& tile, P& ahead, const float* query, int64_t D, TileScores* out) {
   constexpr int64_t ld = NV * kLanes;
   constexpr int NB = kBroadcast<NV>;
-  NoPrefetch ahead;
   int64_t s = 0;
   for (; s + NB <= tile.count; s += NB)
     scores_block<M, NV, NB>(query, tile.keys + s, D / M::kPack, out->data + s * ld, ahead);
@@ -96,31 +123,43 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
   });
   Places all{};
   all.prefix = all.sink = INT32_MAX;
-  const T* keys[kKeyTile];
-  for (int64_t begin = u.begin; begin < u.end; begin += kKeyTile) {
-    const int64_t count = u.end - begin < kKeyTile ? u.end - begin : kKeyTile;
-    for_each_run(all, a.layout, begin, count, [&](int64_t s, int64_t slot, int64_t n) {
-      find_run(a.layout, a.keys, u.batch, u.kv_head, slot, n, keys + s);
+  const auto find = [&](int64_t begin, KeyTile<T>* tile) {
+    const int64_t left = u.end - begin;
+    tile->begin = begin;
+    tile->count = left < kKeyTile ? (left > 0 ? left : 0) : kKeyTile;
+    for_each_run(all, a.layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t n) {
+      find_run(a.layout, a.keys, u.batch, u.kv_head, slot, n, tile->keys + s);
     });
-    for (int64_t s = count; s < kKeyTile; ++s) keys[s] = zeros<T>();
-    TileScores tile{scores, 0, 0, 0};
+    for (int64_t s = tile->count; s < kKeyTile; ++s) tile->keys[s] = zeros<T>();
+  };
+  KeyTile<T> tiles[2];
+  KeyTile<T>*tile = tiles, *next = tiles + 1;
+  find(u.begin, tile);
+  for (; tile->count > 0;) {
+    find(tile->begin + kKeyTile, next);
+    KeyPrefetcher<T> ahead(*next, D);
+    TileScores found{scores, 0, 0, 0};
     if (rows <= kFewRows) {
-      few_scores<T, M>(keys, count, query, rows, D, &tile);
-      f(tile, 0, lane_rows(a, u, 0, tile.slots_per_vector), 0, begin, count);
-      continue;
+      few_scores<T, M>(*tile, ahead, query, rows, D, &found);
+      f(found, 0, lane_rows(a, u, 0, found.slots_per_vector), 0, tile->begin, tile->count);
+    } else {
+      Lines<M> lines;
+      lines.begin = tile->begin;
+      lines.count = tile->count;
+      make_key_lines(tile->keys, tile->count, D, converted, &lines);
+      for_each_group(rows, [&](int64_t first, int nv) {
+        const auto call = nv == 3   ? many_scores<M, 3, KeyPrefetcher<T>>
+                          : nv == 2 ? many_scores<M, 2, KeyPrefetcher<T>>
+                                    : many_scores<M, 1, KeyPrefetcher<T>>;
+        call(lines, ahead, query + first * D, D, &found);
+        for (int v = 0; v < nv; ++v)
+          f(found, v, lane_rows(a, u, first + v * kLanes, 1), first + v * kLanes, tile->begin,
+            tile->count);
+      });
     }
-    Lines<M> lines;
-    lines.begin = begin;
-    lines.count = count;
-    make_key_lines(keys, count, D, converted, &lines);
-    for_each_group(rows, [&](int64_t first, int nv) {
-      const auto call = nv == 3   ? many_scores<M, 3>
-                        : nv == 2 ? many_scores<M, 2>
-                                  : many_scores<M, 1>;
-      call(lines, query + first * D, D, &tile);
-      for (int v = 0; v < nv; ++v)
-        f(tile, v, lane_rows(a, u, first + v * kLanes, 1), first + v * kLanes, begin, count);
-    });
+    KeyTile<T>* done = tile;
+    tile = next;
+    next = done;
   }
 }
 
@@ -139,6 +178,19 @@ i32v lane_numbers() {
   int32_t n[kLanes];
   for (int l = 0; l < kLanes; ++l) n[l] = l;
   return load(n);
+}
+
+// The sum, or the largest, of the lanes that lie S apart, in all of them.
+template <bool Max, int H = 1>
+f32v fold_rows(f32v v, int64_t S) {
+  if constexpr (H < kLanes) {
+    if (H >= S) {
+      const f32v other = shuffle<Swapped<H>>(v, v);
+      v = Max ? max(v, other) : v + other;
+    }
+    return fold_rows<Max, 2 * H>(v, S);
+  }
+  return v;
 }
 
 template <typename T, typename M, bool Max>
@@ -172,9 +224,8 @@ void reduce_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
         if (S > 1) {  // few rows: rows lie S lanes apart
           for (int64_t i = 0; i < tile.vectors; ++i) {
             float lanes[kLanes];
-            store(lanes, reduced(i));
-            for (int64_t l = 0; l < kLanes; ++l)
-              if (const int64_t s = i * S + l % S; s < count) join(out + s, lanes[l]);
+            store(lanes, fold_rows<Max>(reduced(i), S));
+            for (int64_t s = i * S, l = 0; l < S && s < count; ++l, ++s) join(out + s, lanes[l]);
           }
           return;
         }
@@ -233,7 +284,8 @@ void lse_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
     const float shift = high == -kInf ? 0.f : high;
     for (int64_t s = 0; s < slots; ++s)
       total += sum[r * slots + s] * exp2(top[r * slots + s] - shift);
-    u.out[r] = total > 0.f ? (high + __builtin_log2f(total)) * kLn2 : -kInf;
+    u.out[(u.head_begin + r % u.heads) * a.T + u.token_begin + r / u.heads] =
+        total > 0.f ? (high + __builtin_log2f(total)) * kLn2 : -kInf;
   }
 }
 

@@ -30,7 +30,7 @@ struct ScoreUnit {
   int32_t head_begin, heads;
   int64_t begin, end;
   int64_t new_slot;  // token t sees keys up to new_slot + t; kSeesAll: every key
-  float* out;        // score of key i in out[i - begin], or the rows' lse in out[r]
+  float* out;        // score of key i in out[i - begin]; or lse of token t of head h at h * T + t
 };
 constexpr int64_t kSeesAll = INT64_MAX / 2;
 

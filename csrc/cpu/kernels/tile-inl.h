@@ -52,21 +52,24 @@ inline int64_t last_node(const AttentionArgs& a, const AttentionUnit& u) {
   return node_of(a, u.row_end - 1);
 }
 
-// The tile at `begin`, which ends where the unit ends. Behind the unit's last tile it is the one
-// that follows in the row, if any: not this unit's to compute, but likely this thread's next to
-// read.
+// The tile at `begin`, which ends where the unit ends. Behind the unit's last tile come those of
+// the following unit: not this unit's to compute, but likely this thread's next to read.
 template <typename T>
-inline void find_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin,
+inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
                       Tile<T>* tile) {
-  if (begin > u.slot_end) begin = u.slot_end;
-  const int64_t row_end = u.places->prefix + last_node(a, u) + 1;
-  const int64_t left = (begin < u.slot_end ? u.slot_end : row_end) - begin;
+  const AttentionUnit* u = &unit;
+  if (begin >= u->slot_end && u->following != nullptr) {
+    begin += u->following->slot_begin - u->slot_end;
+    u = u->following;
+  }
+  const int64_t left = begin < u->slot_end ? u->slot_end - begin : 0;
   tile->begin = begin;
   tile->count = left < kKeyTile ? left : kKeyTile;
   for_each_run(
-      *u.places, a.key_layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t count) {
-        find_run(a.key_layout, a.key_cache, u.batch, u.kv_head, slot, count, tile->keys + s);
-        find_run(a.value_layout, a.value_cache, u.batch, u.kv_head, slot, count, tile->values + s);
+      *u->places, a.key_layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t count) {
+        find_run(a.key_layout, a.key_cache, u->batch, u->kv_head, slot, count, tile->keys + s);
+        find_run(a.value_layout, a.value_cache, u->batch, u->kv_head, slot, count,
+                 tile->values + s);
       });
   for (int64_t s = tile->count; s < kKeyTile; ++s) tile->keys[s] = tile->values[s] = zeros<T>();
 }
