@@ -80,10 +80,10 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "bool normalize=False, float scale=1.) -> Tensor");
   m.def(
       "attention_mass(Tensor query, Tensor key_cache, Tensor seq_lens, Tensor? lse=None, Tensor? "
-      "weights=None, Tensor? page_table=None, int reduce=0, bool per_query_head=False, float? "
-      "scale=None, float softcap=0.) -> Tensor");
+      "weights=None, Tensor? page_table=None, int reduce=0, bool per_query_head=False, bool "
+      "per_token=False, float? scale=None, float softcap=0.) -> Tensor");
   m.def(
-      "select_pages(Tensor scores, Tensor num_pages, Tensor num_scored, int budget, int "
+      "select_pages(Tensor scores, Tensor num_pages, Tensor num_scored, Tensor budgets, int "
       "num_sinks=0) -> (Tensor, Tensor)");
   m.def(
       "select_slots(Tensor scores, Tensor segment_offsets, Tensor num_segments, int budget) -> "

@@ -136,7 +136,8 @@ MASSES = [
     {},
     {"reduce": "max"},
     {"per_query_head": True},
-    {"per_query_head": True, "reduce": "max"},
+    {"per_query_head": True, "per_token": True},
+    {"per_token": True, "reduce": "max"},
     {"weights": True},
     {"softcap": 3.0, "scale": 0.3},
 ]
@@ -162,7 +163,7 @@ def test_mass_of_a_window_adds_up_and_takes_a_known_lse():
     inputs = attention_cases.make(Case(B=2, T=20, Hq=6, Hkv=2, prefix=400, tree=False), torch.float32)
     query, key, value, seq_lens, _ = inputs.args
     mass = ops.attention_mass(query, key, seq_lens, per_query_head=True)
-    torch.testing.assert_close(mass.sum(-1), torch.full((2, 6), 20.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(mass.sum(-1)[:, 0], torch.full((2, 6), 20.0), atol=1e-3, rtol=0)
     lse = ops.tree_attention(query, key, value, seq_lens)[1]
     given = ops.attention_mass(query, key, seq_lens, lse=lse, per_query_head=True)
     torch.testing.assert_close(given, mass, atol=1e-5, rtol=0)
@@ -188,6 +189,8 @@ def test_select_pages(kind, N, budget, sinks):
         scores[..., ::3], scores[..., 1::5], scores[..., 2::7] = -math.inf, math.nan, math.inf
     pages = torch.randint(N // 2, N + 1, (2, 3), generator=g, dtype=torch.int32)
     scored = (pages - torch.tensor([0, 1, 9])).clamp(min=0).int().contiguous()
+    if kind == "normal":  # every list its own
+        budget = torch.randint(0, budget + 1, (2, 3, 2), generator=g, dtype=torch.int32)
     got = ops.select_pages(scores, pages, scored, budget, num_sinks=sinks)
     assert_same_lists(got, select_pages_reference(scores, pages, scored, budget, num_sinks=sinks))
 
@@ -251,7 +254,7 @@ def bad_calls():
     yield r"lse.size\(2\)", lambda: ops.attention_mass(query, key, int32(5), lse=torch.zeros(1, 4, 2))
     yield r"num_pages\[0, 0\] = 6", lambda: ops.select_pages(scores, int32([6]), int32([2]), 1)
     yield r"num_scored\[0, 0\] = 3 must", lambda: ops.select_pages(scores, int32([2]), int32([3]), 1)
-    yield "budget must not be negative", lambda: ops.select_pages(scores, int32([2]), int32([1]), -1)
+    yield r"budgets\[0, 0, 0\] = -1", lambda: ops.select_pages(scores, int32([2]), int32([1]), -1)
     yield "must ascend from 0", lambda: ops.select_slots(scores, int32([[0, 3, 2, 4, 5, 6]]), int32([5]), 3)
     yield r"keep\[0, 0, 1\] = 3", lambda: ops.evict_kv(key, value, int32([[5, 3]]), int32([2]))
     yield r"keep\[0, 0, 0\] = 20", lambda: ops.evict_kv(key, value, int32([[20, 3]]), int32([1]))
@@ -278,11 +281,11 @@ def test_opcheck():
     check, branchwise = torch.library.opcheck, torch.ops.branchwise
     check(branchwise.page_summaries, (key, lens * 0, lens, summaries, 8, None, table))
     check(branchwise.score_pages, (query, summaries, int32(5, 3), 1, True))
-    check(branchwise.attention_mass, (query, key, lens, None, None, table))
+    check(branchwise.attention_mass, (query, key, lens, None, None, table, 1, False, True))
     check(branchwise.evict_kv, (key, value, int32([[1, 4]], [[0, 9]]), int32([2], [1]), table))
     check(branchwise.rerotate_keys, (key, lens * 0, lens, torch.tensor([3, -2]), torch.ones(4), table))
     # The width of a list depends on the data, which the other checks don't expect.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    check(branchwise.select_pages, (scores, int32([9], [3]), int32([8], [3]), 2), test_utils=tests)
+    check(branchwise.select_pages, (scores, int32([9], [3]), int32([8], [3]), int32([[2, 3, 0]], [[1, 1, 1]])), test_utils=tests)
     offsets = torch.arange(10, dtype=torch.int32).expand(2, 3, 10).contiguous()
     check(branchwise.select_slots, (scores, offsets, int32([9], [3]), 2), test_utils=tests)

@@ -232,8 +232,8 @@ Tensor score_pages(Tensor query, Tensor summaries, Tensor num_pages, int64_t red
 
 Tensor attention_mass(Tensor query, Tensor key_cache, Tensor seq_lens, std::optional<Tensor> lse,
                       std::optional<Tensor> weights, std::optional<Tensor> page_table,
-                      int64_t reduce, bool per_query_head, std::optional<double> scale,
-                      double softcap) {
+                      int64_t reduce, bool per_query_head, bool per_token,
+                      std::optional<double> scale, double softcap) {
   const char* op = "attention_mass";
   const auto [B, Hq, T, D] = check_query(op, query);
   check_reduce(op, reduce);
@@ -266,9 +266,10 @@ Tensor attention_mass(Tensor query, Tensor key_cache, Tensor seq_lens, std::opti
                " must not be negative");
   }
   const int64_t Ho = per_query_head ? Hq : Hkv, S = shape.capacity;
-  Tensor out = empty<3>({B, Ho, S}, ScalarType::Float);
+  const int64_t tokens = per_token ? T : 1;
+  Tensor out = empty<4>({B, tokens, Ho, S}, ScalarType::Float);
   float* mass = static_cast<float*>(out.mutable_data_ptr());
-  std::fill(mass, mass + B * Ho * S, 0.f);
+  std::fill(mass, mass + B * tokens * Ho * S, 0.f);
   if (B * T == 0) return out;
   args.type = dtype_of(query.scalar_type());
   args.query = query.const_data_ptr();
@@ -292,15 +293,16 @@ Tensor attention_mass(Tensor query, Tensor key_cache, Tensor seq_lens, std::opti
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < Hkv; ++h)
       for (int64_t begin = 0; begin < end(b, h); begin += kKeysPerUnit)
-        for (int64_t g = 0; g < G; g += together) {
-          const int64_t head = per_query_head ? h * G + g : h;
-          units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h), 0,
-                           static_cast<int32_t>(T), static_cast<int32_t>(g),
-                           static_cast<int32_t>(together), begin,
-                           std::min(begin + kKeysPerUnit, end(b, h)), lens.at(b, h),
-                           mass + (b * Ho + head) * S + begin});
-        }
-  run_units(args, units, T * together, false);
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t g = 0; g < G; g += together) {
+            const int64_t head = per_query_head ? h * G + g : h;
+            units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h),
+                             static_cast<int32_t>(t), static_cast<int32_t>(T / tokens),
+                             static_cast<int32_t>(g), static_cast<int32_t>(together), begin,
+                             std::min(begin + kKeysPerUnit, end(b, h)), lens.at(b, h),
+                             mass + ((b * tokens + t) * Ho + head) * S + begin});
+          }
+  run_units(args, units, T / tokens * together, false);
   return out;
 }
 

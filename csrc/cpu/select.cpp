@@ -80,25 +80,31 @@ const int32_t* check_limits(const char* op, const char* name, const Tensor& t, i
 }  // namespace
 
 std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor num_scored,
-                                        int64_t budget, int64_t num_sinks) {
+                                        Tensor budgets, int64_t num_sinks) {
   const char* op = "select_pages";
   check_dim(op, "scores", scores, 4, "[B, L, Hs, N]");
   check_dtype(op, "scores", scores, ScalarType::Float);
   check_contiguous(op, "scores", scores);
   const int64_t B = scores.size(0), L = scores.size(1), H = scores.size(2), N = scores.size(3);
-  BW_CHECK(budget >= 0, op, ": budget must not be negative, got ", budget);
+  check_dim(op, "budgets", budgets, 3, "[B, L, Hs]");
+  for (int i = 0; i < 3; ++i) check_size(op, "budgets", budgets, i, scores.size(i), "that of scores");
+  check_dtype(op, "budgets", budgets, ScalarType::Int);
+  check_contiguous(op, "budgets", budgets);
+  const int32_t* budget = static_cast<const int32_t*>(budgets.const_data_ptr());
   BW_CHECK(num_sinks >= 0, op, ": num_sinks must not be negative, got ", num_sinks);
   const int32_t* all = check_limits(op, "num_pages", num_pages, B, L, N);
   const int32_t* scored = check_limits(op, "num_scored", num_scored, B, L, N);
   int64_t width = 1;
-  const auto forced = [&](int64_t row) -> int64_t {
-    const int64_t sinks = std::min<int64_t>(num_sinks, scored[row]);
-    return sinks + all[row] - scored[row];
-  };
   for (int64_t i = 0; i < B * L; ++i) {
     BW_CHECK(scored[i] <= all[i], op, ": num_scored[", i / L, ", ", i % L, "] = ", scored[i],
              " must be at most num_pages there, ", all[i]);
-    width = std::max<int64_t>(width, std::min<int64_t>(all[i], std::max(budget, forced(i))));
+    int64_t taken = std::min<int64_t>(num_sinks, scored[i]);
+    for (int64_t h = 0; h < H; ++h) {
+      BW_CHECK(budget[i * H + h] >= 0, op, ": budgets[", i / L, ", ", i % L, ", ", h, "] = ",
+               budget[i * H + h], " must not be negative");
+      taken = std::max<int64_t>(taken, budget[i * H + h]);
+    }
+    width = std::max<int64_t>(width, std::min<int64_t>(taken, scored[i]) + all[i] - scored[i]);
   }
   Tensor indices = empty<4>({B, L, H, width}, ScalarType::Int);
   Tensor counts = empty<3>({B, L, H}, ScalarType::Int);
@@ -112,7 +118,7 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor 
       const int64_t row = i / H, sinks = std::min<int64_t>(num_sinks, scored[row]);
       int32_t *list = lists + i * width, *at = list;
       for (int64_t n = 0; n < sinks; ++n) *at++ = static_cast<int32_t>(n);
-      at = take_best(data + i * N, sinks, scored[row], budget - forced(row), w, at);
+      at = take_best(data + i * N, sinks, scored[row], budget[i] - sinks, w, at);
       for (int64_t n = scored[row]; n < all[row]; ++n) *at++ = static_cast<int32_t>(n);
       sizes[i] = static_cast<int32_t>(at - list);
       std::fill(at, list + width, -1);

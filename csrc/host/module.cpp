@@ -4,6 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "host/merge_drafts.h"
 #include "host/suffix_drafts.h"
 #include "host/token_trie.h"
@@ -93,10 +97,24 @@ void bind_requests(py::class_<Store>& store) {
       .def("end", &Store::end, py::arg("request"), py::call_guard<py::gil_scoped_release>());
 }
 
+// Asks for large pages behind [address, address + bytes), as far as whole ones fit: random access
+// to a cache of many megabytes otherwise waits for address translation. A hint, and nothing but.
+void advise_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kSize = 2 << 20;
+  const uintptr_t begin = (address + kSize - 1) / kSize * kSize;
+  const uintptr_t end = (address + bytes) / kSize * kSize;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side data structures of branchwise (no torch).";
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def("merge_drafts", &merge, py::arg("drafts"), py::arg("budget"));
   py::class_<TokenTrie> trie(m, "TokenTrie");
   bind_requests(trie);

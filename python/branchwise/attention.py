@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import ops
+
+if TYPE_CHECKING:
+    from .cache import KVStore
 from .tree import TokenTree
 
 NAME = "branchwise"
@@ -30,8 +33,70 @@ class AttentionPlan:
 
     seq_lens: Tensor  # i32[B], tokens in the cache before this forward
     tree_mask: Tensor | None  # i64[B, N, W], None: causal
+    positions: Tensor  # i64[B, T]
     tree: TokenTree | None = None  # what is being verified
+    prompt_ends: Tensor | None = None  # i32[B], of a prompt's chunk: how many of the T tokens are each row's own
+    last_chunk: bool = False  # of a prompt: no row has more
+    kv: LayerPolicy | None = None  # decides what layers attend to and keep
+    store: KVStore | None = None
     calls: int = 0  # attention layers that ran
+
+
+@dataclass
+class LayerCall:
+    """One attention layer of one forward. The new keys and values are in the store already."""
+
+    layer: int
+    query: Tensor  # [B, Hq, T, D]
+    plan: AttentionPlan
+    keys: Tensor  # the layer's slots, or pages
+    values: Tensor
+    scale: float | None
+    window: int
+    sinks: Tensor | None
+    softcap: float
+    lens: Tensor  # i32[B] or i32[B, Hkv], slots before the new tokens
+    page_table: Tensor | None
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Attention to all slots that are left: out [B, Hq, T, D], lse f32[B, Hq, T]."""
+        return ops.tree_attention(
+            self.query,
+            self.keys,
+            self.values,
+            self.lens,
+            self.plan.tree_mask,
+            page_table=self.page_table,
+            scale=self.scale,
+            window=self.window,
+            sinks=self.sinks,
+            softcap=self.softcap,
+        )
+
+    def sparse(self, indices: Tensor | None, counts: Tensor | None, **options: Any) -> Tensor:
+        """:func:`branchwise.ops.sparse_attention` to a part of them: out [B, Hq, T, D]."""
+        return ops.sparse_attention(
+            self.query,
+            self.keys,
+            self.values,
+            self.lens,
+            indices,
+            counts,
+            tree_mask=self.plan.tree_mask,
+            page_table=self.page_table,
+            scale=self.scale,
+            sinks=self.sinks,
+            softcap=self.softcap,
+            **options,
+        )[0]
+
+
+class LayerPolicy(Protocol):
+    """What :class:`branchwise.kv.KVSession` is to the attention function."""
+
+    def attend(self, call: LayerCall) -> Tensor:
+        """out [B, Hq, T, D] of one layer."""
+        ...
 
 
 def attention_forward(
@@ -54,18 +119,24 @@ def attention_forward(
             "the attention implementation 'branchwise' works only inside a branchwise decoder; "
             "for a plain forward call model.set_attn_implementation('sdpa')"
         )
-    branchwise_plan.calls += 1
-    out, _ = ops.tree_attention(
+    plan = branchwise_plan
+    plan.calls += 1
+    index = getattr(module, "layer_idx", 0)
+    layer = plan.store.layers[index] if plan.kv is not None and plan.store is not None else None
+    call = LayerCall(
+        index,
         query,
+        plan,
         key,
         value,
-        branchwise_plan.seq_lens,
-        branchwise_plan.tree_mask,
-        scale=scaling,
-        window=sliding_window or 0,
-        sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
-        softcap=softcap or 0.0,
+        scaling,
+        sliding_window or 0,
+        None if s_aux is None else s_aux.detach().float().contiguous(),
+        softcap or 0.0,
+        plan.seq_lens if layer is None else layer.lens,
+        None if layer is None else layer.page_table,
     )
+    out = call.dense()[0] if plan.kv is None else plan.kv.attend(call)
     return out.transpose(1, 2), None
 
 

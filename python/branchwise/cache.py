@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops
+from .pages import PagedLayer, empty_slots
 
 _SLOT_STEP = 64  # capacities are multiples of this
 
@@ -16,33 +17,43 @@ _SLOT_STEP = 64  # capacities are multiples of this
 class KVLayer(CacheLayerMixin):
     """Slots of one layer: ``keys`` and ``values`` [B, Hkv, S, D]; None until the first append."""
 
-    def __init__(self) -> None:
+    page_table = None
+
+    def __init__(self, store: KVStore) -> None:
         super().__init__()
-        self.store: KVStore | None = None
+        self.store = store
+
+    @property
+    def lens(self) -> Tensor:
+        """i32[B], committed slots."""
+        return self.store.seq_lens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        assert self.store is not None
         S = self.store.capacity
         self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], S, states.shape[3]) for states in (key_states, value_states)
+            empty_slots(states, (*states.shape[:2], S, states.shape[3])).zero_()
+            for states in (key_states, value_states)
         )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.store is not None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         ops.append_kv(key_states, value_states, self.keys, self.values, self.store.append_at)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        return self.store.max_length if self.store is not None else 0
+        return self.store.max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
 
 class KVStore(Cache):
@@ -52,7 +63,8 @@ class KVStore(Cache):
     ``seq_lens`` and stay uncommitted until :meth:`commit` keeps some of them. Call :meth:`reserve` before a forward.
 
     Attributes:
-        seq_lens: i32[B], committed tokens.
+        seq_lens: i32[B], committed tokens; positions count from here. Layers that tokens were evicted from
+            (:meth:`evict`) hold fewer, see their ``lens``.
         append_at: i32[B], the slot of the next append.
 
     Args:
@@ -69,12 +81,13 @@ class KVStore(Cache):
         self.max_length = self._pending = 0  # max(seq_lens), kept on the host
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        """Writes the new tokens; returns the whole slots [B, Hkv, S, D], not a copy."""
-        while len(self.layers) <= layer_idx:
-            layer = KVLayer()
-            layer.store = self
-            self.layers.append(layer)
-        return self.layers[layer_idx].update(key_states, value_states)
+        """Writes the new tokens; returns the whole slots [B, Hkv, S, D] or pages, not a copy."""
+        return self.layer(layer_idx).update(key_states, value_states)
+
+    def layer(self, index: int) -> KVLayer | PagedLayer:
+        while len(self.layers) <= index:
+            self.layers.append(KVLayer(self))
+        return self.layers[index]
 
     def reserve(self, new_tokens: int, pending: int = 0) -> None:
         """Makes room for ``new_tokens`` more in every row; grows by half at least, so appends stay cheap.
@@ -84,37 +97,62 @@ class KVStore(Cache):
         needed = self.max_length + pending + new_tokens
         self.append_at = self.seq_lens + pending if pending else self.seq_lens
         self._pending = pending
+        for layer in self._paged():
+            layer.reserve(new_tokens, pending)
         if needed <= self.capacity:
             return
         self.capacity = _round_up(max(needed, self.capacity * 3 // 2))
-        for layer in self._used_layers():
+        for layer in self._contiguous():
             layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
 
     def commit(self, accepted: Tensor, num_accepted: Tensor) -> None:
         """Keeps the accepted nodes of the last append and forgets the rest; see :func:`branchwise.ops.commit_kv`."""
-        caches = [tensor for layer in self._used_layers() for tensor in (layer.keys, layer.values)]
+        caches = [tensor for layer in self._contiguous() for tensor in (layer.keys, layer.values)]
+        for layer in self._paged():
+            layer.commit(accepted, num_accepted)
         self.set_lengths(ops.commit_kv(caches, accepted, num_accepted, self.seq_lens))
 
     def advance(self, counts: Tensor) -> None:
         """Keeps the first ``counts[b]`` (i32[B]) new tokens of each row as they lie: a prompt, or an accepted chain."""
+        for layer in self._paged():
+            layer.advance(counts)
         self.set_lengths(self.seq_lens + counts)
+
+    def evict(self, layer: int, keep: Tensor, counts: Tensor, page_size: int = 16) -> None:
+        """Keeps some slots of a layer and frees the memory of the others.
+
+        Args:
+            layer: index of the layer, which is paged from now on.
+            keep, counts: as :func:`branchwise.ops.evict_kv` takes them; slots behind the kept ones are lost, so call it
+                between forwards, or within one with slots that the forward appended.
+            page_size: slots that are allocated together, per head; a divisor of 64.
+        """
+        old = self.layers[layer]
+        if isinstance(old, PagedLayer):
+            old.evict(keep, counts)
+            return
+        ops.evict_kv(old.keys, old.values, keep, counts)
+        lens = counts.expand(-1, old.keys.shape[1]).contiguous()
+        self.layers[layer] = PagedLayer.from_slots(old.keys, old.values, lens, page_size)
 
     def select_rows(self, rows: list[int]) -> None:
         """Keeps only these rows, in this order."""
         index = torch.tensor(rows)
-        for layer in self._used_layers():
+        for layer in self._contiguous():
             layer.keys, layer.values = layer.keys[index], layer.values[index]
+        for layer in self._paged():
+            layer.select_rows(rows)
         self.set_lengths(self.seq_lens[index])
 
     def row(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """Committed keys and values [Hkv, P, D] of one row, as views."""
+        """Committed keys and values [Hkv, P, D] of one row, as views; of a layer without evicted tokens."""
         P = int(self.seq_lens[row])
         return self.layers[layer].keys[row, :, :P], self.layers[layer].values[row, :, :P]
 
     @property
     def num_bytes(self) -> int:
         """Bytes held by all slots, used or not."""
-        return sum(t.nbytes for layer in self._used_layers() for t in (layer.keys, layer.values))
+        return sum(layer.num_bytes for layer in self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.max_length
@@ -122,11 +160,15 @@ class KVStore(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.max_length + query_length, 0
 
-    def _used_layers(self) -> list[Any]:
-        return [layer for layer in self.layers if layer.is_initialized]  # layers that share KV hold none
+    def _contiguous(self) -> list[Any]:
+        # Layers that share KV hold none.
+        return [layer for layer in self.layers if isinstance(layer, KVLayer) and layer.is_initialized]
+
+    def _paged(self) -> list[PagedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
+        new = empty_slots(old, (*old.shape[:2], self.capacity, old.shape[3])).zero_()
         used = self.max_length + self._pending
         new[:, :, :used] = old[:, :, :used]
         return new

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import AttentionPlan
+from .attention import AttentionPlan, LayerPolicy
 from .cache import KVStore
 from .tree import TokenTree
 
@@ -22,6 +22,7 @@ class StoredModel:
     Args:
         model: a supported model.
         store: of its batch.
+        kv: decides what layers attend to and keep; None: everything.
         keep_hidden: leave the hidden states of every forward, after the final norm, in ``hidden_states``.
 
     Attributes:
@@ -29,8 +30,10 @@ class StoredModel:
         hidden_states: [B, T, H] of the last forward, or of the last tokens of :meth:`extend`; None if not kept.
     """
 
-    def __init__(self, model: PreTrainedModel, store: KVStore, keep_hidden: bool = False) -> None:
-        self.model, self.store = model, store
+    def __init__(
+        self, model: PreTrainedModel, store: KVStore, keep_hidden: bool = False, kv: LayerPolicy | None = None
+    ) -> None:
+        self.model, self.store, self.kv = model, store, kv
         self.forwards = 0
         self.hidden_states: Tensor | None = None
         self._keep_hidden = keep_hidden
@@ -56,7 +59,8 @@ class StoredModel:
             here = torch.nonzero((ends > 0) & (lengths <= begin + chunk.shape[1])).flatten()
             wanted = sorted(set((ends[here] - 1).tolist())) or [0]
             positions = self.store.seq_lens[:, None] + torch.arange(chunk.shape[1])
-            out = self.forward(chunk, positions, wanted=wanted)
+            last = begin + chunk.shape[1] == longest
+            out = self.forward(chunk, positions, wanted=wanted, prompt_ends=ends, last_chunk=last)
             logits = out.new_empty(len(rows), 1, out.shape[-1]) if logits is None else logits
             at = [wanted.index(int(end) - 1) for end in ends[here]]
             logits[here, 0] = out[here, at]
@@ -77,6 +81,8 @@ class StoredModel:
         wanted: Sequence[int] | None = None,
         pending: int = 0,
         tree: TokenTree | None = None,
+        prompt_ends: Tensor | None = None,
+        last_chunk: bool = False,
     ) -> Tensor:
         """One forward; the new keys and values are in the store, uncommitted.
 
@@ -86,6 +92,8 @@ class StoredModel:
             wanted: which of the T logits; None: all.
             pending: uncommitted nodes that forwards before this one left in the store, to which these are added.
             tree: what is being verified, for layers that know parts of it already.
+            prompt_ends: i32[B], of a prompt's chunk: how many of the T tokens are each row's own.
+            last_chunk: no row's prompt has more.
 
         Returns:
             Logits [B, T or len(wanted), V].
@@ -94,7 +102,9 @@ class StoredModel:
             ValueError: the model never called the attention function.
         """
         self.store.reserve(tokens.shape[1], pending)
-        plan = AttentionPlan(self.store.seq_lens, tree_mask, tree)
+        plan = AttentionPlan(
+            self.store.seq_lens, tree_mask, positions, tree, prompt_ends, last_chunk, self.kv, self.store
+        )
         options: dict[str, Any] = {}
         if wanted is not None and self.model._supports_logits_to_keep():
             options["logits_to_keep"] = torch.tensor(wanted)

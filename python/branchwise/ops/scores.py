@@ -160,6 +160,7 @@ def attention_mass(
     page_table: Tensor | None = None,
     reduce: str = "sum",
     per_query_head: bool = False,
+    per_token: bool = False,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
@@ -174,11 +175,12 @@ def attention_mass(
         seq_lens: i32[B] or i32[B, Hkv], slots before the T tokens.
         lse: f32[B, Hq, T] of the queries, as attention returned it; computed if None.
         weights: f32[B, T], not negative: factors of the queries; 0 leaves one out.
-        reduce: "sum" or "max" over the queries, and over the query heads of a KV head unless ``per_query_head``.
+        reduce: "sum" or "max" over the tokens unless ``per_token``, and over the query heads of a KV head unless
+            ``per_query_head``.
         scale, softcap: as in the attention.
 
     Returns:
-        f32[B, Hkv or Hq, slots of the cache], 0 behind the last token.
+        f32[B, 1 or T, Hkv or Hq, slots of the cache], 0 behind the last token.
 
     Raises:
         ValueError: unknown ``reduce``.
@@ -196,19 +198,20 @@ def attention_mass(
         page_table,
         _reduce("attention_mass", reduce),
         per_query_head,
+        per_token,
         scale,
         softcap,
     )
 
 
 @torch.library.register_fake("branchwise::attention_mass")
-def _(query, key_cache, seq_lens, lse=None, weights=None, page_table=None, reduce=0, per_query_head=False, *rest):
+def _(query, key_cache, seq_lens, lse, weights, page_table=None, reduce=0, per_head=False, per_token=False, *rest):
     slots, heads = key_cache.shape[2], key_cache.shape[1]
     if page_table is not None:
         slots *= page_table.shape[-1]
         heads = page_table.shape[1] if page_table.dim() == 3 else heads
-    heads = query.shape[1] if per_query_head else heads
-    return query.new_empty((query.shape[0], heads, slots), dtype=torch.float32)
+    B, Hq, T, _ = query.shape
+    return query.new_empty((B, T if per_token else 1, Hq if per_head else heads, slots), dtype=torch.float32)
 
 
 def attention_mass_reference(
@@ -221,6 +224,7 @@ def attention_mass_reference(
     page_table=None,
     reduce="sum",
     per_query_head=False,
+    per_token=False,
     scale=None,
     softcap=0.0,
 ) -> Tensor:
@@ -229,7 +233,7 @@ def attention_mass_reference(
     per_head = page_table is not None and page_table.dim() == 3
     Hkv = page_table.shape[1] if per_head else key_cache.shape[1]
     slots = key_cache.shape[2] * (1 if page_table is None else page_table.shape[-1])
-    out = torch.zeros(B, Hq if per_query_head else Hkv, slots, dtype=torch.float64)
+    out = torch.zeros(B, T if per_token else 1, Hq if per_query_head else Hkv, slots, dtype=torch.float64)
     for b in range(B):
         for h in range(Hkv):
             P = _length(seq_lens, b, h)
@@ -243,9 +247,10 @@ def attention_mass_reference(
             mass = (logits - whole[..., None]).exp()  # [G, T, P + T]
             if weights is not None:
                 mass = mass * weights[b].double()[None, :, None]
-            mass = mass.amax(1) if reduce == "max" else mass.sum(1)
+            if not per_token:
+                mass = mass.amax(1, keepdim=True) if reduce == "max" else mass.sum(1, keepdim=True)
             if per_query_head:
-                out[b, heads, : P + T] = mass
+                out[b, :, heads, : P + T] = mass.transpose(0, 1)
             else:
-                out[b, h, : P + T] = mass.amax(0) if reduce == "max" else mass.sum(0)
+                out[b, :, h, : P + T] = mass.amax(0) if reduce == "max" else mass.sum(0)
     return out

@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def select_pages(
-    scores: Tensor, num_pages: Tensor, num_scored: Tensor, budget: int, *, num_sinks: int = 0
+    scores: Tensor, num_pages: Tensor, num_scored: Tensor, budget: int | Tensor, *, num_sinks: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The best pages of every list, within a budget, with the first and the newest ones always in.
+    """The best of the scored pages of every list, and the newest pages, which are always in.
 
-    Pages below ``min(num_sinks, num_scored)`` and pages from ``num_scored`` to ``num_pages - 1`` are taken whatever
-    their scores; they count towards the budget, and stay if they exceed it. The rest goes to the best pages between,
-    ties to the lower page. NaN counts as the smallest score. With a page per token, pages are slots.
+    Of the pages below ``num_scored``, ``budget`` are taken: the first ``num_sinks`` of them in any case, and then the
+    best ones, ties to the lower page. Those from ``num_scored`` to ``num_pages - 1`` are recent and come on top. NaN
+    counts as the smallest score. With a page per token, pages are slots.
 
     Args:
         scores: f32[B, L, Hs, N], contiguous; L is 1 or the tokens that get lists of their own, Hs 1 or Hkv.
         num_pages: i32[B, L], pages there are.
         num_scored: i32[B, L], how many of them compete; those behind are recent.
-        budget: pages per list.
+        budget: scored pages per list, one number or i32[B, L, Hs].
         num_sinks: first pages that are always taken.
 
     Returns:
@@ -30,11 +30,13 @@ def select_pages(
 
     Source: card sparse-kernel-interface, family D.
     """
+    if not isinstance(budget, Tensor):
+        budget = torch.full(scores.shape[:3], budget, dtype=torch.int32)
     return torch.ops.branchwise.select_pages.default(scores, num_pages, num_scored, budget, num_sinks)
 
 
 @torch.library.register_fake("branchwise::select_pages")
-def _(scores, num_pages, num_scored, budget, num_sinks=0):
+def _(scores, num_pages, num_scored, budgets, num_sinks=0):
     size = torch.library.get_ctx().new_dynamic_size()
     return scores.new_empty((*scores.shape[:3], size), dtype=torch.int32), scores.new_empty(
         scores.shape[:3], dtype=torch.int32
@@ -48,11 +50,12 @@ def select_pages_reference(scores, num_pages, num_scored, budget, *, num_sinks=0
     for b in range(B):
         for t in range(L):
             pages, scored = int(num_pages[b, t]), int(num_scored[b, t])
-            forced = [*range(min(num_sinks, scored)), *range(scored, pages)]
+            sinks = min(num_sinks, scored)
             for h in range(H):
                 row = scores[b, t, h].nan_to_num(-math.inf, math.inf, -math.inf).tolist()
-                rest = sorted(range(min(num_sinks, scored), scored), key=lambda n: (-row[n], n))
-                lists.append(sorted(forced + rest[: max(0, budget - len(forced))]))
+                rest = sorted(range(sinks, scored), key=lambda n: (-row[n], n))
+                rest = rest[: max(0, int(budget[b, t, h] if isinstance(budget, Tensor) else budget) - sinks)]
+                lists.append(sorted([*range(sinks), *rest, *range(scored, pages)]))
     return _pad(lists, (B, L, H))
 
 
