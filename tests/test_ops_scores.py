@@ -286,6 +286,7 @@ def test_opcheck():
     check(branchwise.rerotate_keys, (key, lens * 0, lens, torch.tensor([3, -2]), torch.ones(4), table))
     # The width of a list depends on the data, which the other checks don't expect.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    check(branchwise.select_pages, (scores, int32([9], [3]), int32([8], [3]), int32([[2, 3, 0]], [[1, 1, 1]])), test_utils=tests)
+    budgets = int32([[2, 3, 0]], [[1, 1, 1]])
+    check(branchwise.select_pages, (scores, int32([9], [3]), int32([8], [3]), budgets), test_utils=tests)
     offsets = torch.arange(10, dtype=torch.int32).expand(2, 3, 10).contiguous()
     check(branchwise.select_slots, (scores, offsets, int32([9], [3]), 2), test_utils=tests)

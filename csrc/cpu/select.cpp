@@ -87,7 +87,8 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor 
   check_contiguous(op, "scores", scores);
   const int64_t B = scores.size(0), L = scores.size(1), H = scores.size(2), N = scores.size(3);
   check_dim(op, "budgets", budgets, 3, "[B, L, Hs]");
-  for (int i = 0; i < 3; ++i) check_size(op, "budgets", budgets, i, scores.size(i), "that of scores");
+  for (int i = 0; i < 3; ++i)
+    check_size(op, "budgets", budgets, i, scores.size(i), "that of scores");
   check_dtype(op, "budgets", budgets, ScalarType::Int);
   check_contiguous(op, "budgets", budgets);
   const int32_t* budget = static_cast<const int32_t*>(budgets.const_data_ptr());
@@ -100,8 +101,8 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor 
              " must be at most num_pages there, ", all[i]);
     int64_t taken = std::min<int64_t>(num_sinks, scored[i]);
     for (int64_t h = 0; h < H; ++h) {
-      BW_CHECK(budget[i * H + h] >= 0, op, ": budgets[", i / L, ", ", i % L, ", ", h, "] = ",
-               budget[i * H + h], " must not be negative");
+      BW_CHECK(budget[i * H + h] >= 0, op, ": budgets[", i / L, ", ", i % L, ", ", h,
+               "] = ", budget[i * H + h], " must not be negative");
       taken = std::max<int64_t>(taken, budget[i * H + h]);
     }
     width = std::max<int64_t>(width, std::min<int64_t>(taken, scored[i]) + all[i] - scored[i]);

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .decoding import TreeSpeculation as TreeSpeculation
     from .decoding import TreeSpeculationOutput as TreeSpeculationOutput
     from .generate import generate as generate
+    from .patching import patch as patch
+    from .patching import sparse_kv as sparse_kv
+    from .patching import unpatch as unpatch
     from .tree import DrawKind as DrawKind
     from .tree import RowTree as RowTree
     from .tree import TokenTree as TokenTree
@@ -28,6 +31,9 @@ _HOME = {
     "TreeSpeculation": "decoding",
     "TreeSpeculationOutput": "decoding",
     "generate": "generate",
+    "patch": "patching",
+    "sparse_kv": "patching",
+    "unpatch": "patching",
     "DrawKind": "tree",
     "RowTree": "tree",
     "TokenTree": "tree",
@@ -41,6 +47,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
-    if name in ("ops", "drafters", "acceptance", "attention", "cache", "decoding", "noise", "target", "tree"):
+    if name in ("ops", "drafters", "acceptance", "attention", "cache", "decoding", "kv", "noise", "target", "tree"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'branchwise' has no attribute {name!r}")

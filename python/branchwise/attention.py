@@ -94,6 +94,10 @@ class LayerCall:
 class LayerPolicy(Protocol):
     """What :class:`branchwise.kv.KVSession` is to the attention function."""
 
+    def before(self, tokens: Tensor, positions: Tensor) -> None:
+        """A forward is about to run."""
+        ...
+
     def attend(self, call: LayerCall) -> Tensor:
         """out [B, Hq, T, D] of one layer."""
         ...

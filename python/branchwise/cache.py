@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -89,17 +91,18 @@ class KVStore(Cache):
             self.layers.append(KVLayer(self))
         return self.layers[index]
 
-    def reserve(self, new_tokens: int, pending: int = 0) -> None:
+    def reserve(self, new_tokens: int, pending: int = 0, layers: Sequence[int] | None = None) -> None:
         """Makes room for ``new_tokens`` more in every row; grows by half at least, so appends stay cheap.
 
-        ``pending``: uncommitted tokens of earlier appends that stay, and behind which the new ones go.
+        ``pending``: uncommitted tokens of earlier appends that stay, and behind which the new ones go. ``layers``:
+        those that are appended to, all of them paged; None: all.
         """
         needed = self.max_length + pending + new_tokens
         self.append_at = self.seq_lens + pending if pending else self.seq_lens
         self._pending = pending
-        for layer in self._paged():
+        for layer in self._paged() if layers is None else [self.layers[index] for index in layers]:
             layer.reserve(new_tokens, pending)
-        if needed <= self.capacity:
+        if needed <= self.capacity or layers is not None:
             return
         self.capacity = _round_up(max(needed, self.capacity * 3 // 2))
         for layer in self._contiguous():
@@ -134,6 +137,30 @@ class KVStore(Cache):
         ops.evict_kv(old.keys, old.values, keep, counts)
         lens = counts.expand(-1, old.keys.shape[1]).contiguous()
         self.layers[layer] = PagedLayer.from_slots(old.keys, old.values, lens, page_size)
+
+    def make_pages(self, layer: int, lens: Tensor, page_size: int, hole: tuple[np.ndarray, np.ndarray]) -> None:
+        """Gives the heads of a layer pages of their own for slots below i32[B, Hkv] ``lens``, and frees the rest.
+
+        ``hole``: first slot and the one behind the last, i32[B, Hkv] each, of what a head does not need; whole pages in
+        between are freed, and the other slots stay where they are.
+        """
+        old = self.layers[layer]
+        self.layers[layer] = PagedLayer.from_slots(old.keys, old.values, lens, page_size, hole)
+
+    def start_empty(self, layers: Sequence[int], page_size: int) -> None:
+        """Makes layers that hold nothing yet fill up on their own, whatever the others hold. Layer 0 holds something,
+        and is as wide as they are."""
+        like = self.layers[0]
+        shape = (len(self.seq_lens), like.keys.shape[1] if like.page_table is None else like.page_table.shape[1])
+        self.layer(max(layers))
+        for index in layers:
+            self.layers[index] = PagedLayer.empty(like.keys, like.values, shape, page_size)
+
+    def clear(self) -> None:
+        """Forgets everything and frees it."""
+        self.layers.clear()
+        self.capacity = _SLOT_STEP
+        self.set_lengths(torch.zeros_like(self.seq_lens))
 
     def select_rows(self, rows: list[int]) -> None:
         """Keeps only these rows, in this order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,11 +38,12 @@ class StoredModel:
         self.hidden_states: Tensor | None = None
         self._keep_hidden = keep_hidden
 
-    def extend(self, rows: Sequence[Tensor]) -> Tensor:
+    def extend(self, rows: Sequence[Tensor], after_chunk: Callable[[Tensor], None] | None = None) -> Tensor:
         """Appends text, ragged, and commits it.
 
         Args:
             rows: i64[n_b] new tokens per row, some of them at least one.
+            after_chunk: called after every forward with i32[B], how many tokens of it were each row's own.
 
         Returns:
             Logits [B, 1, V] after the last new token of each row; of a row without any, undefined.
@@ -67,6 +68,8 @@ class StoredModel:
             if self.hidden_states is not None:
                 hidden = self.hidden_states[:, :1].clone() if hidden is None else hidden
                 hidden[here, 0] = self.hidden_states[here, (ends[here] - 1).long()]
+            if after_chunk is not None:
+                after_chunk(ends)
             self.store.advance(ends)
         assert logits is not None
         self.hidden_states = hidden
@@ -83,6 +86,7 @@ class StoredModel:
         tree: TokenTree | None = None,
         prompt_ends: Tensor | None = None,
         last_chunk: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> Tensor:
         """One forward; the new keys and values are in the store, uncommitted.
 
@@ -94,6 +98,7 @@ class StoredModel:
             tree: what is being verified, for layers that know parts of it already.
             prompt_ends: i32[B], of a prompt's chunk: how many of the T tokens are each row's own.
             last_chunk: no row's prompt has more.
+            layers: those that run, if some are switched off and the others hold pages; None: all.
 
         Returns:
             Logits [B, T or len(wanted), V].
@@ -101,10 +106,12 @@ class StoredModel:
         Raises:
             ValueError: the model never called the attention function.
         """
-        self.store.reserve(tokens.shape[1], pending)
+        self.store.reserve(tokens.shape[1], pending, layers)
         plan = AttentionPlan(
             self.store.seq_lens, tree_mask, positions, tree, prompt_ends, last_chunk, self.kv, self.store
         )
+        if self.kv is not None:
+            self.kv.before(tokens, positions)
         options: dict[str, Any] = {}
         if wanted is not None and self.model._supports_logits_to_keep():
             options["logits_to_keep"] = torch.tensor(wanted)

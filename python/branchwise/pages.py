@@ -39,18 +39,29 @@ class PagedLayer(CacheLayerMixin):
         self._free = sorted(set(range(len(keys))) - set(page_table.flatten().tolist()), reverse=True)
 
     @classmethod
-    def from_slots(cls, keys: Tensor, values: Tensor, lens: Tensor, page_size: int) -> PagedLayer:
-        """The first ``lens[b, h]`` slots of contiguous caches [B, Hkv, S, D], copied; S a multiple of ``page_size``."""
+    def from_slots(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        lens: Tensor,
+        page_size: int,
+        hole: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> PagedLayer:
+        """The first ``lens[b, h]`` slots of contiguous caches [B, Hkv, S, D], copied, but for pages that lie wholly in
+        the ``hole``, see :meth:`release`; S is a multiple of ``page_size``."""
         B, Hkv, S, _ = keys.shape
         table = torch.arange(B * Hkv * (S // page_size), dtype=torch.int32).view(B, Hkv, -1)
         pools = [cache.reshape(-1, 1, page_size, cache.shape[3]) for cache in (keys, values)]
-        return cls(pools[0], pools[1], table, lens)._packed()
+        layer = cls(pools[0], pools[1], table, lens)
+        if hole is not None:
+            layer.release(*hole)
+        return layer._packed()
 
     @classmethod
-    def empty(cls, like: Tensor, value_dim: int, batch_size: int, page_size: int) -> PagedLayer:
-        """Without a slot, for keys like [B, Hkv, T, D]."""
-        pools = [like.new_empty(0, 1, page_size, dim) for dim in (like.shape[3], value_dim)]
-        lens = torch.zeros(batch_size, like.shape[1], dtype=torch.int32)
+    def empty(cls, keys: Tensor, values: Tensor, shape: tuple[int, int], page_size: int) -> PagedLayer:
+        """Without a slot, for ``shape`` (B, Hkv) and keys and values as wide as the given ones [.., .., .., D]."""
+        pools = [like.new_empty(0, 1, page_size, like.shape[3]) for like in (keys, values)]
+        lens = torch.zeros(shape, dtype=torch.int32)
         return cls(pools[0], pools[1], torch.empty(*lens.shape, 0, dtype=torch.int32), lens)
 
     @property
@@ -113,6 +124,10 @@ class PagedLayer(CacheLayerMixin):
         packed = self._packed()
         self.keys, self.values, self.page_table, self._free = packed.keys, packed.values, packed.page_table, []
 
+    def contiguous_keys(self) -> Tensor:
+        """A copy of the keys [B, Hkv, S, D]; where a head has no page, another's."""
+        return self.keys[self.page_table.clamp(min=0).long()].flatten(2, 4)
+
     def row(self, row: int, head: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values [n, D] of one head, copied; of a head that has all its pages."""
         n = int(self.lens[row, head])
@@ -153,7 +168,7 @@ class PagedLayer(CacheLayerMixin):
         kept = torch.from_numpy(table[used]).long()
         packed = np.full_like(table, -1)
         packed[used] = np.arange(len(kept))
-        width = int(used.any(axis=(0, 1)).nonzero()[0].max(initial=-1)) + 1
+        width = int(np.flatnonzero(used.any(axis=(0, 1))).max(initial=-1)) + 1
         packed = np.ascontiguousarray(packed[:, :, :width])
         keys, values = (
             torch.index_select(pool, 0, kept, out=empty_slots(pool, (len(kept), *pool.shape[1:])))

@@ -17,6 +17,7 @@ from ..acceptance import GREEDY, Accepted, Rule
 from ..cache import KVStore
 from ..drafters import Drafter, DraftRequest, DraftSession, Needs, Verified
 from ..forward import StoredModel
+from ..kv import KVSession, policy_of
 from ..noise import Noise, Purpose
 from ..target import Target, ignores_text
 from ..tree import DrawKind, RowTree, TokenTree
@@ -75,7 +76,14 @@ class TreeRun:
         new_tokens = max(self.max_length - length, 1)
         capacity = max(len(prompt) for prompt in prompts) + min(new_tokens, 512) + self.max_nodes
         store = KVStore(B, capacity)
-        self.target = StoredModel(self.model, store, keep_hidden=bool(self.needs & Needs.HIDDEN_STATES))
+        policy = policy_of(self.model)
+        self.kv = KVSession(self.model, store) if policy is None else policy.begin(self.model, store)
+        self.target = StoredModel(
+            self.model,
+            store,
+            keep_hidden=bool(self.needs & Needs.HIDDEN_STATES),
+            kv=None if policy is None else self.kv,
+        )
         eos = getattr(self.config, "_eos_token_tensor", None)  # set by generate
         request = DraftRequest(
             prompts=[prompt.numpy().astype(np.int32) for prompt in prompts],
@@ -83,8 +91,9 @@ class TreeRun:
             noise=self.noise,
             sampling=sampling,
             warpers=[processor for processor in self.processors[0] if ignores_text(processor)],
-            target=self.model,
-            store=store,
+            # What the store holds under a policy is the policy's business.
+            target=self.model if policy is None else None,
+            store=store if policy is None else None,
         )
         session = drafter.begin(request)
         try:
@@ -93,6 +102,7 @@ class TreeRun:
                 self.round(session)
         finally:
             session.close()
+            self.kv.close()
         if self.streamer is not None:
             self.streamer.end()
         return self.result()
@@ -100,7 +110,7 @@ class TreeRun:
     def prefill(self, prompts: list[Tensor], session: DraftSession) -> None:
         """Runs the prompts, ragged and without their padding, and emits the first token of every row."""
         begun = time.perf_counter()
-        logits = self.target.extend(prompts)
+        logits = self.kv.prefill(self.target, prompts)
         self.stats.forwards += self.target.forwards
         self.stats.row_forwards += len(prompts) * self.target.forwards
         self.stats.seconds_prefill = time.perf_counter() - begun
@@ -119,6 +129,9 @@ class TreeRun:
         trees = check_proposals(session.propose(budgets), budgets, roots, vocabulary, self.draws)
         # Nodes that could not be emitted before max_length are not worth a forward.
         depths = [self.max_length - self.lengths[row] - 1 for row in self.rows]
+        deepest = self.kv.max_depth()
+        if deepest is not None:
+            depths = [min(pair) for pair in zip(depths, deepest, strict=True)]
         trees = [tree.up_to_depth(depth) for tree, depth in zip(trees, depths, strict=True)]
         proposed = time.perf_counter()
         if self.sizer is not None:
@@ -137,6 +150,7 @@ class TreeRun:
         if self.sizer is not None:
             self.sizer.spend(proposed - begun + observed - verdict)
         self.target.store.commit(accepted.nodes, accepted.count)
+        self.kv.committed(accepted.nodes, accepted.count)
         self.drop_finished(session)
         self.stats.seconds_draft += drafted - begun + observed - verdict
         self.stats.seconds_forward += done - drafted
@@ -208,6 +222,7 @@ class TreeRun:
         kept = [i for i, done in enumerate(self.finished) if not done]
         if kept:
             self.target.store.select_rows(kept)
+            self.kv.keep(kept)
             session.keep(kept)
             self.noise.keep(kept)
         self.rows = [self.rows[i] for i in kept]

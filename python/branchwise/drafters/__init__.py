@@ -6,6 +6,7 @@ from .early_exit import EarlyExit
 from .hybrid import Hybrid
 from .lookahead import Jacobi, Lookahead
 from .model import Model
+from .none import NoDrafts
 from .prompt_lookup import PromptLookup
 from .suffix import Suffix
 from .token_recycling import TokenRecycling
@@ -14,6 +15,7 @@ from .trie import Trie
 BY_NAME = {
     "jacobi": Jacobi,
     "lookahead": Lookahead,
+    "none": NoDrafts,
     "prompt_lookup": PromptLookup,
     "suffix": Suffix,
     "token_recycling": TokenRecycling,
@@ -42,6 +44,7 @@ __all__ = [
     "Lookahead",
     "Model",
     "Needs",
+    "NoDrafts",
     "PromptLookup",
     "Suffix",
     "TokenRecycling",

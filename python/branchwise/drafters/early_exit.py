@@ -56,7 +56,10 @@ class EarlyExit:
 
     def begin(self, request: DraftRequest) -> EarlyExitSession:
         if request.target is None or request.store is None:
-            raise ValueError("early exit drafts with the target itself; it works inside a decoder only")
+            raise ValueError(
+                "early exit drafts with the target itself, inside a decoder and without a KV policy; this request "
+                "comes without a target"
+            )
         config = request.target.config.get_text_config()
         count = config.num_hidden_layers
         if getattr(config, "num_kv_shared_layers", 0):

@@ -106,8 +106,7 @@ def sparse_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition of :func:`sparse_attention`, head by head with dense masks, computed in ``dtype``."""
     B, Hq, T, D = query.shape
-    per_head = page_table is not None and page_table.dim() == 3
-    Hkv = page_table.shape[1] if per_head else key_cache.shape[1]
+    Hkv = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else key_cache.shape[1]
     N = T if tree_mask is None else tree_mask.shape[1]
     out, lse = torch.empty(B, Hq, T, D, dtype=dtype), torch.empty(B, Hq, T, dtype=dtype)
     for b in range(B):
@@ -117,7 +116,7 @@ def sparse_attention_reference(
             P = int(seq_lens[b] if seq_lens.dim() == 1 else seq_lens[b, h])
             key, value = (head_rows(cache, b, h, P + N, page_table).to(dtype) for cache in (key_cache, value_cache))
             listed = torch.zeros(T, P, dtype=torch.bool)
-            if indices is not None:
+            if indices is not None and counts is not None:
                 lists = indices[b] if indices.dim() == 4 else indices[b].expand(T, *indices.shape[1:])
                 sizes = counts[b] if indices.dim() == 4 else counts[b].expand(T, -1)
                 g = h if lists.shape[1] > 1 else 0
@@ -128,7 +127,7 @@ def sparse_attention_reference(
                         else:
                             listed[t, int(segment_offsets[b, g, i]) : int(segment_offsets[b, g, i + 1])] = True
             visible = torch.cat([listed, sees[N - T :]], dim=1)
-            if sink_sizes is not None:
+            if sink_sizes is not None and recent_sizes is not None:
                 positions = torch.cat([torch.arange(P), P + depth])
                 own = (P + depth)[N - T :, None] if indices is None else torch.full((T, 1), P)
                 ranges = (positions < sink_sizes[h]) | (positions[None] > own - int(recent_sizes[h]))

@@ -1,0 +1,105 @@
+"""Quest: attend to the pages whose keys may matter most to this query (card quest-pages)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import ops
+from ..attention import LayerCall
+from ..cache import KVStore
+from .base import check_range
+from .selecting import SelectingSession
+
+
+class Quest:
+    """Attends, per KV head and query, to the pages with the largest bound of query-key products (Tang et al. 2024,
+    arXiv 2406.10774), the first ones and the recent ones.
+
+    Nothing is evicted: it saves reading, not memory. Summaries of pages (largest and smallest value per channel) take
+    ``1 / page_size`` of the keys' and values' bytes more; a step reads them and ``budget`` tokens instead of all S.
+    Exact while a row has at most ``budget`` tokens, and below ``min_length``.
+
+    Args:
+        budget: tokens attended to per KV head, recent ones included; rounded up to pages.
+        page_size: slots per page.
+        dense_layers: the first layers attend to everything.
+        sinks: first tokens that are always attended to.
+        recent: newest tokens that are always attended to, rounded up to pages; trees grow no deeper than this.
+        min_length: attend to everything below so many tokens; None measures, once per shape, where selecting pays.
+
+    Raises:
+        ValueError: an option outside its range; on use, a model whose layers share keys.
+
+    One list per KV head, by the largest score of its query heads; the original has lists per query head, and reads
+    pages up to G times.
+    """
+
+    def __init__(
+        self,
+        budget: int = 1024,
+        page_size: int = 16,
+        dense_layers: int = 2,
+        sinks: int = 0,
+        recent: int = 32,
+        min_length: int | None = None,
+    ) -> None:
+        check_range("page_size", page_size, 1)
+        check_range("dense_layers", dense_layers, 0)
+        check_range("sinks", sinks, 0)
+        check_range("recent", recent, 0)
+        check_range("budget", budget, recent + 2 * page_size)
+        self.budget, self.page_size, self.dense_layers = budget, page_size, dense_layers
+        self.sinks, self.recent, self.min_length = sinks, recent, min_length
+
+    def begin(self, model: PreTrainedModel, store: KVStore) -> QuestSession:
+        return QuestSession(model, store, self)
+
+
+class QuestSession(SelectingSession):
+    options: Quest
+
+    def __init__(self, model: PreTrainedModel, store: KVStore, options: Quest) -> None:
+        super().__init__(model, store, options)
+        self._summaries: dict[int, Tensor] = {}  # [B, Hkv, pages, 2 D]
+        self._summarised: dict[int, Tensor] = {}  # i32[B], slots of each row that they cover
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the summaries."""
+        return sum(tensor.nbytes for tensor in self._summaries.values())
+
+    def select(self, call: LayerCall) -> tuple[Tensor, Tensor] | None:
+        if call.layer < self.options.dense_layers:
+            return None
+        summaries = self._summarise(call)
+        pages = -(-call.lens // self.options.page_size)
+        scores = ops.score_pages(call.query, summaries, pages.int(), per_token=True)
+        return self.choose(call, scores)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        super().keep(rows)
+        for tensors in (self._summaries, self._summarised):
+            for layer in tensors:
+                tensors[layer] = tensors[layer][list(rows)]
+
+    def _summarise(self, call: LayerCall) -> Tensor:
+        """Brings a layer's summaries up to its committed slots."""
+        size, capacity = self.options.page_size, call.keys.shape[2]
+        pages = -(-capacity // size)
+        B, Hkv, _, D = call.keys.shape
+        old = self._summaries.get(call.layer)
+        if old is None or old.shape[2] < pages:
+            new = call.keys.new_zeros(B, Hkv, pages, 2 * D)
+            if old is None:
+                self._summarised[call.layer] = torch.zeros_like(call.lens)
+            else:
+                new[:, :, : old.shape[2]] = old
+            self._summaries[call.layer] = new
+        summaries = self._summaries[call.layer]
+        ops.page_summaries(call.keys, self._summarised[call.layer], call.lens, summaries, size)
+        self._summarised[call.layer] = call.lens
+        return summaries
