@@ -132,7 +132,7 @@ class TreeRun:
         deepest = self.kv.max_depth()
         if deepest is not None:
             depths = [min(pair) for pair in zip(depths, deepest, strict=True)]
-        trees = [tree.up_to_depth(depth) for tree, depth in zip(trees, depths, strict=True)]
+        trees = [self.kv.trim(tree.up_to_depth(depth)) for tree, depth in zip(trees, depths, strict=True)]
         proposed = time.perf_counter()
         if self.sizer is not None:
             trees = self.sizer.choose(trees)

@@ -11,6 +11,7 @@ from .press import FromPress
 from .prompt_distill import PromptDistill
 from .pyramidkv import PyramidKV
 from .quest import Quest
+from .sentencekv import SentenceKV, sentence_marks
 from .snapkv import SnapKV
 from .speckv import SpecKV
 from .specpc import SpecPC
@@ -30,11 +31,13 @@ __all__ = [
     "PromptDistill",
     "PyramidKV",
     "Quest",
+    "SentenceKV",
     "SnapKV",
     "SpecKV",
     "SpecPC",
     "StreamingLLM",
     "place_planners",
     "policy_of",
+    "sentence_marks",
     "set_policy",
 ]

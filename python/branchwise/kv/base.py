@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..attention import LayerCall
 from ..cache import KVStore
 from ..forward import StoredModel
+from ..tree import RowTree
 
 
 class KVPolicy(Protocol):
@@ -44,6 +45,10 @@ class KVSession:
         """out [B, Hq, T, D] of one layer of one forward."""
         return call.dense()[0]
 
+    def trim(self, tree: RowTree) -> RowTree:
+        """A row's tree without nodes that cannot be verified in the same forward as those above them."""
+        return tree
+
     def max_depth(self) -> Sequence[int] | None:
         """How far below the root each row's tree may reach; None: any depth."""
         return None
@@ -69,6 +74,15 @@ def check_layers(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has layers that read the keys of earlier ones; a KV policy needs layers with "
             "keys of their own"
         )
+
+
+def windowed_layers(model: PreTrainedModel) -> set[int]:
+    """Layers whose attention has a window of its own."""
+    config = model.config.get_text_config()
+    if not getattr(config, "sliding_window", None):
+        return set()
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return {index for index, kind in enumerate(types) if kind == "sliding_attention"}
 
 
 def resolve_budget(budget: int | float, lengths: Tensor) -> Tensor:

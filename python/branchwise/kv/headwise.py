@@ -79,7 +79,7 @@ class HeadwiseSession(KVSession):
         full = self._full[call.layer]
         if ends is not None or call.window or bool(full.all()):
             out = call.dense()[0]
-            if ends is not None and call.plan.last_chunk and not call.window and not bool(full.all()):
+            if ends is not None and call.plan.last_chunk and not call.window:
                 self._make_pages(call, ends)
             return out
         sinks = torch.where(full, 0, self.options.sinks).int()

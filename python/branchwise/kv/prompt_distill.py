@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..cache import KVStore
 from ..forward import StoredModel
 from ..layers import LayerSwitch, pass_through
-from .base import check_budget, check_range, resolve_budget
+from .base import check_budget, check_range, resolve_budget, windowed_layers
 from .prompt_layers import LayerwiseSession, best_positions
 
 
@@ -30,7 +30,8 @@ class PromptDistill:
         page_size: slots allocated together per head.
 
     Raises:
-        ValueError: an option outside its range; on use, a model without these layers or whose layers share keys.
+        ValueError: an option outside its range; on use, a model without these layers, whose layers share keys, or
+            with sliding windows behind a selection.
     """
 
     def __init__(
@@ -55,6 +56,12 @@ class PromptDistill:
         count = model.config.get_text_config().num_hidden_layers
         if self.layers[-1] >= count:
             raise ValueError(f"layers must be below the model's {count} layers, got {self.layers[-1]}")
+        windowed = {layer for layer in windowed_layers(model) if layer > self.layers[0]}
+        if windowed:
+            raise ValueError(
+                f"{type(model).__name__} has layers with a window of positions behind layer {self.layers[0]}, "
+                f"{sorted(windowed)}, which would see tokens that lie further apart"
+            )
         return PromptDistillSession(model, store, self)
 
 

@@ -100,17 +100,24 @@ class StreamingLLMSession(RollingSession):
 
 
 def inverse_frequencies(model: PreTrainedModel) -> Tensor:
-    """f32[R / 2] of a model's rotary embedding.
+    """f32[R / 2] of the rotary embedding of a model's layers with full attention.
 
     Raises:
         ValueError: it has none, several, or one that changes with the length.
     """
-    modules = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    types = {getattr(m, "rope_type", "default") for m in modules}
-    if len(modules) != 1 or types & {"dynamic", "longrope"}:
+    found: list[Tensor] = []
+    for module in model.modules():
+        # Models with a rotary embedding per type of layer keep them side by side.
+        for prefix in ("", "full_attention_"):
+            frequencies: Any = getattr(module, f"{prefix}inv_freq", None)
+            if isinstance(frequencies, Tensor):
+                types: Any = getattr(module, "rope_type", "default")
+                kind = types.get("full_attention") if isinstance(types, dict) else types
+                if kind not in ("dynamic", "longrope"):
+                    found.append(frequencies)
+    if len(found) != 1:
         raise ValueError(
-            f"{type(model).__name__} has no single, fixed rotary embedding; moving its sinks is not possible: "
+            f"{type(model).__name__} has no single, fixed rotary embedding; its sinks cannot be moved: "
             "pass renumber=False"
         )
-    inv_freq: Any = modules[0].inv_freq
-    return inv_freq.detach().float().contiguous()
+    return found[0].detach().float().contiguous()
