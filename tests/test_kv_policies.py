@@ -58,6 +58,10 @@ POLICIES = {
         kv.SentenceKV(range(40, 60), 32, 1.5, sinks=4, recent=12, window=8),
         kv.SentenceKV(range(40, 60), 200, sinks=4, recent=12, window=8),
     ),
+    "specontext": lambda m: (
+        kv.SpeContext(budget=40, recent=12, min_length=0),
+        kv.SpeContext(budget=200, min_length=0),
+    ),
     "quest": lambda m: (
         kv.Quest(64, page_size=8, recent=16, min_length=0, dense_layers=0),
         kv.Quest(256, page_size=8, recent=16, min_length=0),

@@ -4,6 +4,7 @@ from .active import policy_of, set_policy
 from .adakv import AdaKV
 from .base import KVPolicy, KVSession
 from .delta import DELTA, place_planners
+from .gates import estimate_gates
 from .gemfilter import GemFilter
 from .h2o import H2O
 from .headwise import HeadwiseKV
@@ -14,6 +15,7 @@ from .quest import Quest
 from .sentencekv import SentenceKV, sentence_marks
 from .snapkv import SnapKV
 from .speckv import SpecKV
+from .specontext import LayerHead, RetrievalHead, SpeContext
 from .specpc import SpecPC
 from .streaming_llm import StreamingLLM
 from .tova import TOVA
@@ -28,14 +30,18 @@ __all__ = [
     "HeadwiseKV",
     "KVPolicy",
     "KVSession",
+    "LayerHead",
     "PromptDistill",
     "PyramidKV",
     "Quest",
+    "RetrievalHead",
     "SentenceKV",
     "SnapKV",
+    "SpeContext",
     "SpecKV",
     "SpecPC",
     "StreamingLLM",
+    "estimate_gates",
     "place_planners",
     "policy_of",
     "sentence_marks",
