@@ -61,10 +61,10 @@ def make_prompt(tokenizer: Any, prose: list[str], kind: str, length: int, depth:
     return f"{prompt}The secret code of the {name} is", code
 
 
-def policies(model: Any, budget: int) -> dict[str, Any]:
+def policies(model: Any, learned: dict[str, Any], budget: int) -> dict[str, Any]:
     from branchwise import kv
 
-    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    layers = model.config.num_hidden_layers
     window = min(32, budget // 4)
     return {
         "StreamingLLM": kv.StreamingLLM(4, budget - 4),
@@ -77,11 +77,23 @@ def policies(model: Any, budget: int) -> dict[str, Any]:
         "PromptDistill": kv.PromptDistill([budget], [layers // 2], truncate=-1),
         "SpecKV": kv.SpecKV(model, budget, 8, window),
         "SpecPC": kv.SpecPC(model, budget, window, first_layer=layers // 4, kernel=32),
-        "HeadwiseKV": kv.HeadwiseKV(kv.estimate_gates(model, torch.arange(2000) % 40000), 0.5, 16, budget)
-        if hasattr(kv, "estimate_gates")
-        else kv.HeadwiseKV(torch.rand(layers, heads), 0.5, 16, budget),
+        "HeadwiseKV": kv.HeadwiseKV(learned["gates"], 0.5, 16, budget),
+        "SentenceKV": kv.SentenceKV(learned["marks"], budget, sinks=4, recent=window, window=window),
+        "SpeContext": kv.SpeContext(budget=budget, min_length=0),
         "Quest": kv.Quest(budget, min_length=0),
-        "DELTA": kv.DELTA(budget, [2, 10, 20], recent=32, min_length=0),
+        "DELTA": kv.DELTA(budget, learned["planners"], recent=32, min_length=0),
+    }
+
+
+def learn(model: Any, tokenizer: Any, prose: list[str]) -> dict[str, Any]:
+    """What policies need to know of a model, from some of the prose."""
+    from branchwise import kv
+
+    text = tokenizer(" ".join(prose[:60]), return_tensors="pt").input_ids[0, :1500]
+    return {
+        "gates": kv.estimate_gates(model, text),
+        "planners": kv.place_planners(model, text, count=4),
+        "marks": kv.sentence_marks(tokenizer),
     }
 
 
@@ -115,6 +127,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, context: Callable[[], Any]) 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = load_smollm2(torch.bfloat16)
     prose, rows = sentences(), []
+    learned = {} if args.peer else learn(model, tokenizer, prose)
     for kind in args.kinds:
         for length in args.lengths:
             for depth in args.depths:
@@ -124,7 +137,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if not args.peer:
                     jobs["dense", 0] = nullcontext
                 for budget in args.budgets:
-                    made = presses(budget, tokens) if args.peer else policies(model, budget)
+                    made = presses(budget, tokens) if args.peer else policies(model, learned, budget)
                     for name, policy in made.items():
                         if policy is None or (args.policies and name not in args.policies):
                             continue

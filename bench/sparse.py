@@ -1,5 +1,5 @@
 """What sparse attention costs: reading lists against reading everything, and a decode step's attention under Quest and
-DELTA against our own dense kernel. Llama-3-8B shapes (32 query heads, 8 KV heads, head dim 128), bf16, one row.
+DELTA against our own dense kernel. Llama-3-8B shapes: 32 query heads, 8 KV heads, head dim 128; bf16, one row.
 
 Method: `lists` calls sparse_attention on random ascending lists per KV head, on the caches of several layers in turn, so
 that nothing is found in a cache; the memory's bandwidth is that of a sum over 256 MB, measured between the rounds.

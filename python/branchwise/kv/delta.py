@@ -72,7 +72,7 @@ class DELTASession(SelectingSession):
         self._plan = None
 
     def attend(self, call: LayerCall) -> Tensor:
-        if call.plan.prompt_ends is not None or call.window or not self.pays(call):
+        if call.plan.prompt_ends is not None or call.window or not self.of_round(call).pays:
             return call.dense()[0]
         if call.layer in self.options.planners:
             out, lse = call.dense()

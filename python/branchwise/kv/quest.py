@@ -76,8 +76,7 @@ class QuestSession(SelectingSession):
         if call.layer < self.options.dense_layers:
             return None
         summaries = self._summarise(call)
-        pages = -(-call.lens // self.options.page_size)
-        scores = ops.score_pages(call.query, summaries, pages.int(), per_token=True)
+        scores = ops.score_pages(call.query, summaries, self.of_round(call).committed, per_token=True)
         return self.choose(call, scores)
 
     def keep(self, rows: Sequence[int]) -> None:

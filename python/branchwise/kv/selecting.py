@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import ops
-from ..attention import LayerCall
+from ..attention import AttentionPlan, LayerCall
 from ..cache import KVStore
 from .base import KVSession, check_layers
 
@@ -24,6 +25,24 @@ class SelectingOptions(Protocol):
     sinks: int
     recent: int
     min_length: int | None
+
+
+@dataclass(frozen=True)
+class Round:
+    """Of one forward.
+
+    Attributes:
+        plan: its plan.
+        pays: some row is long enough to select for.
+        committed: i32[B], pages that hold committed slots.
+        pages, competing: i32[B, T], the same per token, and how many of them compete.
+    """
+
+    plan: AttentionPlan
+    pays: bool
+    committed: Tensor
+    pages: Tensor
+    competing: Tensor
 
 
 class SelectingSession(KVSession):
@@ -41,13 +60,14 @@ class SelectingSession(KVSession):
         size = options.page_size
         self.recent_pages = -(-options.recent // size)
         self.budget_pages = max(1, -(-options.budget // size) - self.recent_pages - 1)
+        self._round: Round | None = None
 
     def select(self, call: LayerCall) -> tuple[Tensor, Tensor] | None:
         """Lists i32[B, T, Hs, K] and counts i32[B, T, Hs] of pages; None: everything."""
         raise NotImplementedError
 
     def attend(self, call: LayerCall) -> Tensor:
-        if call.plan.prompt_ends is not None or call.window or not self.pays(call):
+        if call.plan.prompt_ends is not None or call.window or not self.of_round(call).pays:
             return call.dense()[0]
         chosen = self.select(call)
         if chosen is None:
@@ -59,21 +79,29 @@ class SelectingSession(KVSession):
 
     def choose(self, call: LayerCall, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Pages for every token, from scores f32[B, T, Hs, N] of the committed ones."""
-        size = self.options.page_size
-        positions = call.plan.positions
-        pages = -(-call.lens[:, None] // size)
-        competing = positions // size - self.recent_pages
-        competing = torch.where(positions < self.min_length(call), 0, competing)
-        competing = torch.minimum(competing.clamp(min=0), pages).int().contiguous()
-        sinks = -(-self.options.sinks // size)
-        return ops.select_pages(
-            scores, pages.expand_as(competing).int().contiguous(), competing, self.budget_pages, num_sinks=sinks
-        )
+        here = self.of_round(call)
+        sinks = -(-self.options.sinks // self.options.page_size)
+        return ops.select_pages(scores, here.pages, here.competing, self.budget_pages, num_sinks=sinks)
 
-    def pays(self, call: LayerCall) -> bool:
-        """Whether any row is long enough to select for."""
-        held = (self.budget_pages + self.recent_pages + 1) * self.options.page_size
-        return int(call.plan.positions.max()) >= max(held, self.min_length(call))
+    def of_round(self, call: LayerCall) -> Round:
+        """What all layers of a forward have in common; lengths are those of the store, since nothing is evicted."""
+        if self._round is None or self._round.plan is not call.plan:
+            self._round = self._new_round(call)
+        return self._round
+
+    def _new_round(self, call: LayerCall) -> Round:
+        size, positions, least = self.options.page_size, call.plan.positions, self.min_length(call)
+        pages = -(-call.plan.seq_lens // size)
+        competing = torch.where(positions < least, 0, positions // size - self.recent_pages)
+        competing = torch.minimum(competing.clamp(min=0), pages[:, None])
+        held = (self.budget_pages + self.recent_pages + 1) * size
+        return Round(
+            plan=call.plan,
+            pays=int(positions.max()) >= max(held, least),
+            committed=pages,
+            pages=pages[:, None].expand_as(competing).contiguous(),
+            competing=competing.int().contiguous(),
+        )
 
     def min_length(self, call: LayerCall) -> int:
         if self.options.min_length is not None:
