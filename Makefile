@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TRANSFORMERS ?= transformers>=5.17
 SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
 
-.PHONY: test test-slow test-wheel test-sanitize demo lint format bench bench-kernels bench-peers wheel clean
+.PHONY: test test-slow test-wheel test-sanitize demo lint format bench bench-kernels bench-peers bench-kv bench-kvpress wheel clean
 
 # torch first and pinned: any looser requirement pulls gigabytes of CUDA wheels.
 $(VENV)/.tools: pyproject.toml Makefile
@@ -47,7 +47,7 @@ test-sanitize: $(VENV)/.build
 	  -Cbuild-dir=$(SANITIZE)/cmake -Ccmake.build-type=RelWithDebInfo -Ccmake.define.BRANCHWISE_SANITIZE=ON -Ccmake.define.BRANCHWISE_CUDA=OFF .
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(SANITIZE)/venv/bin/python -m pytest tests/test_ops_attention.py tests/test_ops_kv.py tests/test_ops_tree.py tests/test_ops_verify.py tests/test_ops_draft.py tests/test_host_merge.py tests/test_host_suffix.py tests/test_host_trie.py
+	  $(SANITIZE)/venv/bin/python -m pytest tests/test_ops_attention.py tests/test_ops_kv.py tests/test_ops_tree.py tests/test_ops_verify.py tests/test_ops_draft.py tests/test_ops_sparse.py tests/test_ops_scores.py tests/test_pages.py tests/test_host_merge.py tests/test_host_suffix.py tests/test_host_trie.py
 
 demo: $(VENV)/.build
 	$(BIN)/branchwise demo
@@ -84,6 +84,21 @@ bench-peers: $(VENV)/.bench
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps economize==0.3.2 flashspec==0.3.1
 	$(PIP) "pydantic>=2.0"
 	$(BIN)/python bench/drafters.py
+
+# Sparse KV: what it costs, what it finds, what it keeps (pictures for docs/).
+bench-kv: $(VENV)/.bench
+	$(BIN)/python bench/sparse.py
+	$(BIN)/python bench/needle.py
+	$(BIN)/python bench/kept.py
+
+# kvpress on the same needles, in an environment of its own: it needs transformers < 5.3. Torch and the rest come from $(VENV).
+KVPRESS := build/kvpress
+bench-kvpress: $(VENV)/.bench
+	test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check "transformers>=5.0,<5.3"
+	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps kvpress==0.5.5 cachetools datasets fire peft pandas pyarrow dill multiprocess xxhash termcolor
+	echo "import site; site.addsitedir('$(abspath $(shell echo $(VENV)/lib/python3*/site-packages))')" > $$(echo $(KVPRESS)/lib/python3*/site-packages)/zz_base.pth
+	$(KVPRESS)/bin/python bench/needle.py --peer
 
 wheel: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .

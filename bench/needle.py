@@ -224,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", default=["needle", "keys"], choices=["needle", "keys"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[1000, 2000])
-    parser.add_argument("--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--depths", nargs="+", type=float, default=[0.1, 0.5, 0.9])
     parser.add_argument("--budgets", nargs="+", type=int, default=[128, 256, 512])
     parser.add_argument("--policies", nargs="+", help="names; all by default")
     parser.add_argument("--peer", action="store_true", help="run kvpress instead of branchwise")

@@ -1,8 +1,8 @@
 """What sparse attention costs: reading lists against reading everything, and a decode step's attention under Quest and
 DELTA against our own dense kernel. Llama-3-8B shapes: 32 query heads, 8 KV heads, head dim 128; bf16, one row.
 
-Method: `lists` calls sparse_attention on random ascending lists per KV head, on the caches of several layers in turn, so
-that nothing is found in a cache; the memory's bandwidth is that of a sum over 256 MB, measured between the rounds.
+Method: `lists` calls sparse_attention on random ascending lists per KV head, on the caches of several layers in turn,
+so that nothing is found in a cache; the memory's bandwidth is that of a sum over 256 MB, measured between the rounds.
 `step` runs the attention of a stack of layers for one token through the policy's own session (summaries, scores,
 selection and attention; for DELTA the sparse layers and the planner by themselves), dense and sparse layers in turn.
 Medians.

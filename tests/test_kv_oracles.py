@@ -407,3 +407,125 @@ def test_break_even_is_measured_once():
     first = break_even(4, 2, 32, torch.float32, 16, 64)
     assert first % 64 == 0 or first == 2**31 - 1
     assert break_even(4, 2, 32, torch.float32, 16, 64) == first and break_even.cache_info().hits >= 1
+
+
+# SentenceKV
+
+
+def test_sentences_are_cut_behind_marks(model):
+    session = kv.SentenceKV([9], 100, longest=5).begin(model, bw.KVStore(1))
+    for tokens, cuts in (
+        ([1, 2, 9, 3, 4], [0, 3, 5]),
+        ([9, 1, 9], [0, 1, 3]),
+        ([9, 9], [0, 1, 2]),
+        ([1, 2], [0, 2]),
+        ([1] * 12, [0, 5, 10, 12]),
+    ):
+        assert session._cut(torch.tensor(tokens).numpy()) == cuts
+
+
+def test_sentence_marks():
+    class Tokenizer:
+        texts = ("a", ".", "b!", 'c."', " 。", "d\n\n", "e,", ".5", "Mr. ")
+
+        def __len__(self):
+            return len(self.texts)
+
+        def decode(self, ids):
+            return self.texts[ids[0]]
+
+    assert kv.sentence_marks(Tokenizer()) == {1, 2, 3, 4, 5, 8}
+
+
+def test_sentencekv_selects_by_hand(model, monkeypatch):
+    """Every list against a simulation with whole sentences, and the mean keys of what the prompt kept."""
+    recording, marks = Recording(monkeypatch), set(range(40, 60))
+    options = {"sinks": 4, "recent": 12, "window": 8}
+    sessions = []
+
+    class Watching(kv.SentenceKV):
+        def begin(self, model, store):
+            sessions.append(super().begin(model, store))
+            return sessions[0]
+
+    text, store = decode(model, Watching(marks, 32, 1.5, **options), prompt(90), 40)
+    text = text.tolist()
+    assert len(recording.calls) == 3 * 39
+    for call, indices, counts, _ in recording.calls:
+        P = int(call.plan.positions[0, 0])
+        begins = [i + 1 for i in range(90, P) if text[i] in marks]
+        opened = max(begins, default=90)
+        n = int(call.lens[0, 0])
+        chosen = indices[0, 0, 0, : int(counts[0, 0, 0])].tolist()
+        if text[P] in marks or opened == P:  # everything that is held
+            assert chosen == list(range(n))
+            continue
+        sentence, recent = set(range(n - (P - opened), n)), set(range(n - 11, n))
+        assert sentence | recent | set(range(4)) <= set(chosen)
+        others = set(chosen) - sentence - recent - set(range(4))
+        taken = min(32 - 12 - 4, n - 4 - len(sentence | recent))
+        assert len(others) == taken
+    cuts = sessions[0].cuts[0]
+    assert [i + 1 for i, token in enumerate(text[:-1]) if token in marks and i >= 90] == cuts[
+        -(len(begins)) :
+    ] or not begins
+    for layer in range(3):
+        held = store.layers[layer]
+        offsets = sessions[0]._offsets[layer][0, 0].tolist()
+        assert offsets == sorted(offsets) and offsets[-1] <= int(held.lens[0, 0])
+        means = sessions[0]._means.get(layer)
+        for i in range(len(offsets) - 1):
+            if means is not None and offsets[i + 1] > offsets[i]:
+                keys = held.row(0, 0)[0][offsets[i] : offsets[i + 1]]
+                torch.testing.assert_close(means[0, 0, i], keys.mean(0), atol=1e-5, rtol=1e-4)
+
+
+# SpeContext and gates
+
+
+def test_specontext_uses_one_list_for_all_layers(model, monkeypatch):
+    recording = Recording(monkeypatch)
+    head = kv.LayerHead(model)
+    text, _ = decode(model, kv.SpeContext(head, 40, sinks=4, recent=12, min_length=0), prompt(90), 12)
+    for step in range(11):
+        lists = [
+            indices[0, 0, :, : int(counts.max())] for _, indices, counts, _ in recording.calls[3 * step : 3 * step + 3]
+        ]
+        assert torch.equal(lists[0], lists[1]) and torch.equal(lists[0], lists[2])
+        P = 90 + step
+        with torch.no_grad():
+            query, key = head(text[None, : P + 1], torch.arange(P + 1)[None])
+        logits = query[0, :, -1:] @ key[0, :, : P - 12].repeat_interleave(2, 0).mT / math.sqrt(8)
+        weights = logits.softmax(-1)[:, 0].view(2, 2, -1).amax(1)
+        weights[:, :4] = math.inf
+        for group in range(2):
+            assert lists[0][group].tolist() == best(weights[group], 27) + list(range(P - 12, P))
+
+
+def test_retrieval_heads_queries_and_keys_are_the_layers(model):
+    """On what the layer really sees, projections and rotation give the layer's own keys."""
+    ids = prompt(20)
+    projections = kv.projections.LayerProjections(model, 0)
+    with torch.no_grad():
+        _, key = projections(projections.norm(model.model.embed_tokens(ids)))
+        key = projections.rotate(key, torch.arange(20)[None])
+    torch.testing.assert_close(key[0], attentions(model, ids)[1][0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="has no q_proj, k_proj, input_layernorm and rotary_emb"):
+        kv.LayerHead(tiny.model("gpt_neox"))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_gates_say_how_far_back_a_head_looks(name):
+    model = tiny.model(name)
+    gates = kv.estimate_gates(model, prompt(60)[0], positions=100)
+    assert gates.shape == (3, 2) and (gates > 0).all() and (gates < 1).all()
+    with pytest.raises(ValueError, match="must not be empty"):
+        kv.estimate_gates(model, torch.empty(0, dtype=torch.int64))
+
+
+def test_headwise_frees_the_smallest_gates():
+    gates = torch.tensor([[0.1, 0.9], [0.5, 0.5], [0.2, 1.0]])
+    assert kv.HeadwiseKV(gates, 1 / 3).full_heads().tolist() == [[False, True], [True, True], [False, True]]
+    assert kv.HeadwiseKV(gates, 0.5).full_heads().sum() == 3  # ties are broken by a seeded coin
+    assert torch.equal(kv.HeadwiseKV(gates, 0.5).full_heads(), kv.HeadwiseKV(gates, 0.5).full_heads())
+    assert kv.HeadwiseKV(gates, 0.0).full_heads().all() and not kv.HeadwiseKV(gates, 1.0).full_heads().any()

@@ -155,3 +155,54 @@ def test_opcheck():
     (k, v), _ = caches(2, 2, 32, 20, torch.float32)
     arguments = ([k, v], torch.tensor([[0, 2], [0, -1]], dtype=torch.int32), i32(2, 1), i32(1, 2))
     torch.library.opcheck(torch.ops.branchwise.commit_kv, arguments)
+
+
+def head_caches(B, Hkv, D, page_size, S, seed=0):
+    """Pools with pages per head, and their table."""
+    g = torch.Generator().manual_seed(seed)
+    per_head = -(-S // page_size)
+    pools = [torch.randn(B * Hkv * per_head, 1, page_size, D, generator=g) for _ in range(2)]
+    return pools, torch.randperm(B * Hkv * per_head, generator=g).int().view(B, Hkv, per_head)
+
+
+def test_append_and_commit_with_lengths_and_pages_per_head():
+    """Every head of a row is like a row of its own."""
+    B, Hkv, T, D, page = 2, 3, 5, 16, 4
+    pools, table = head_caches(B, Hkv, D, page, 40)
+    flat = [pool.clone() for pool in pools]
+    lens = torch.tensor([[0, 7, 20], [33, 4, 4]], dtype=torch.int32)
+    key, value = torch.randn(2, B, Hkv, T, D).unbind()
+    cos, sin = torch.rand(2, B, T, 8).unbind()
+    rows = (B * Hkv, 1, T, D)
+    angles = [a.repeat_interleave(Hkv, 0) for a in (cos, sin)]
+    ops.append_kv(key, value, *pools, lens, table, cos=cos, sin=sin)
+    ops.append_kv(
+        key.reshape(rows), value.reshape(rows), *flat, lens.flatten(), table.flatten(0, 1), cos=angles[0], sin=angles[1]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(pools, flat, strict=True))
+    accepted, count = torch.tensor([[0, 2, 4], [1, 3, -1]], dtype=torch.int32), torch.tensor([3, 2], dtype=torch.int32)
+    after = ops.commit_kv(pools, accepted, count, lens, table)
+    repeated = accepted.repeat_interleave(Hkv, 0), count.repeat_interleave(Hkv, 0)
+    ops.commit_kv(flat, *repeated, lens.flatten(), table.flatten(0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(pools, flat, strict=True))
+    assert torch.equal(after, lens + count[:, None])
+
+
+def test_pages_that_are_not_written_to_may_be_missing():
+    pools, table = head_caches(1, 2, 8, 4, 40)
+    table[:, :, :2] = -1
+    key = torch.randn(1, 2, 3, 8)
+    ops.append_kv(key, key, *pools, torch.tensor([9], dtype=torch.int32), table)
+    with pytest.raises(RuntimeError, match=r"page_table\[0, 0, 1\] = -1"):
+        ops.append_kv(key, key, *pools, torch.tensor([7], dtype=torch.int32), table)
+
+
+def test_refuses_what_does_not_fit_pages_per_head():
+    pools, table = head_caches(1, 2, 8, 4, 40)
+    key, lens = torch.zeros(1, 2, 1, 8), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="1, as every head has pages of its own"):
+        ops.append_kv(key, key, *[pool.view(10, 2, 4, 8) for pool in pools], lens, table)
+    with pytest.raises(RuntimeError, match=r"seq_lens.size\(1\) must be Hkv = 2"):
+        ops.append_kv(key, key, *pools, torch.zeros(1, 3, dtype=torch.int32), table)
+    with pytest.raises(RuntimeError, match="window must be 0 where seq_lens differ between heads"):
+        ops.tree_attention(key, *pools, torch.zeros(1, 2, dtype=torch.int32), page_table=table, window=4)

@@ -66,6 +66,22 @@ def test_everything_listed_is_dense(case, unit):
     assert torch.equal(dense[0], ranged[0]) and torch.equal(dense[1], ranged[1])
 
 
+@pytest.mark.parametrize("T", [1, 5, 30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_dense_attention_with_lengths_and_pages_per_head(dtype, T):
+    """Every KV head of a row is like a row of its own."""
+    inputs = sparse_cases.make(Sparse(Case(B=2, T=T, Hq=6, Hkv=3, page_size=8), head_pages=True), dtype)
+    query, key, value, lens = inputs.args
+    table, mask = inputs.options["page_table"], inputs.options["tree_mask"]
+    out, lse = ops.tree_attention(query, key, value, lens, mask, page_table=table)
+    rows = query.reshape(2, 3, 2, T, 64).flatten(0, 1)
+    alone = ops.tree_attention(
+        rows, key, value, lens.flatten(), mask.repeat_interleave(3, 0), page_table=table.flatten(0, 1)
+    )
+    torch.testing.assert_close(out.view_as(alone[0]), alone[0], atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse.view_as(alone[1]), alone[1], atol=1e-5, rtol=1e-6)
+
+
 def test_probabilities_add_up():
     """exp(lse of a set - lse of all) is the set's probability; those of a set and its complement add up to one."""
     inputs = attention_cases.make(Case(T=1, Hq=4, Hkv=1, prefix=300, tree=False), torch.float32)

@@ -34,9 +34,11 @@ def tree_attention(
         query: [B, Hq, T, D] float32, bfloat16 or float16, post-RoPE; last dimension contiguous. D <= 512.
         key_cache, value_cache: [B, Hkv, S, D], or with ``page_table`` [pages, Hkv, page_size, D]; dtype of ``query``;
             Hq a multiple of Hkv (query head h reads KV head h * Hkv // Hq).
-        seq_lens: i32[B], tokens in the cache before these T; ``seq_lens + N`` must fit the cache.
+        seq_lens: i32[B], tokens in the cache before these T; ``seq_lens + N`` must fit the cache. i32[B, Hkv] where
+            the heads of a row hold different slots; without a window then.
         tree_mask: i64[B, N, ceil(N/64)] ancestor bits, as built by :func:`build_tree`, or None.
-        page_table: i32[B, N]: slot s of row b is in page ``page_table[b, s // page_size]``.
+        page_table: i32[B, N]: slot s of row b is in page ``page_table[b, s // page_size]``. i32[B, Hkv, N] where every
+            head has pages of its own, in caches [pages, 1, page_size, D].
         scale: multiplies the logits; 1/sqrt(D) if None.
         window: if positive, a token at position p sees positions > p - window only. The position of node i is
             P + depth(i), so siblings share a window whatever slots they are in.

@@ -1,4 +1,5 @@
-"""Writers of the KV cache. Both work on contiguous [B, Hkv, S, D] and paged [pages, Hkv, page_size, D] caches."""
+"""Writers of the KV cache: contiguous [B, Hkv, S, D], paged [pages, Hkv, page_size, D] with a table i32[B, N], or with
+pages per head [pages, 1, page_size, D] and a table i32[B, Hkv, N]."""
 
 from collections.abc import Sequence
 
@@ -28,8 +29,9 @@ def append_kv(
     Args:
         key, value: [B, Hkv, T, D] float32, bfloat16 or float16, last dimension contiguous.
         key_cache, value_cache: same dtype; mutated.
-        seq_lens: i32[B], not changed.
-        page_table: i32[B, N], or None for contiguous caches.
+        seq_lens: i32[B], or i32[B, Hkv] where heads hold different slots; not changed.
+        page_table: i32[B, N] or i32[B, Hkv, N], or None for contiguous caches. Pages that are not written to may be
+            missing.
         cos, sin: [B, T, R] or [1, T, R] float32 or the dtype of ``key``, R even and at most D; last dimension
             contiguous. What transformers' rotary embedding returns.
 
@@ -86,11 +88,11 @@ def commit_kv(
         caches: key and value caches of all layers, any mix of head counts and dims; mutated.
         accepted: i32[B, A] node ids of the accepted path, ascending; entries after ``num_accepted`` are ignored.
         num_accepted: i32[B], between 0 and A.
-        seq_lens: i32[B], not changed.
-        page_table: i32[B, N] shared by all caches, or None for contiguous caches.
+        seq_lens: i32[B], or i32[B, Hkv]; not changed.
+        page_table: i32[B, N] or i32[B, Hkv, N] shared by all caches, or None for contiguous caches.
 
     Returns:
-        i32[B], ``seq_lens + num_accepted``.
+        ``seq_lens + num_accepted``, of the shape of ``seq_lens``.
 
     Raises:
         RuntimeError: a count, node or page is out of range or not ascending; nothing is moved then.
