@@ -163,7 +163,7 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
     const Tile<T>* tile = tiles + at;
     Tile<T>* later = tiles + (at + kTilesAhead) % (kTilesAhead + 1);
     find_tile(a, u, slot + kTilesAhead * kKeyTile, later);
-    Prefetcher<T> ahead(*later, D);
+    Prefetcher<T> ahead(later->keys, later->values, later->count, D);
     const int64_t count = tile->count, groups = (count + S - 1) / S;
     for (int64_t g = 0; g < groups; ++g) {
       f32v x = score_slots<M, R>(tile->keys + g * S, ahead, query, D) * scale;

@@ -275,7 +275,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
     lines.count = tile->count;
     make_key_lines(tile->keys, tile->count, a.D, converted, &lines);
     make_value_lines(tile->values, tile->count, a.D, converted + kKeyTile * a.D, &lines);
-    Prefetcher<T> ahead(*next, a.D);
+    Prefetcher<T> ahead(next->keys, next->values, next->count, a.D);
     for_each_group(rows, [&](int64_t first, int nv) {
       const RowBounds part{all.node + first, all.low + first, all.word + first};
       const int64_t ld = nv * kLanes, count = first + ld < padded ? ld : padded - first;

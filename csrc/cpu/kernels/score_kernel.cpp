@@ -10,36 +10,10 @@ namespace {
 
 #include "cpu/kernels/pack-inl.h"
 
-// A tile's keys, and asking for them line by line while the tile before is in hand.
 template <typename T>
 struct KeyTile {
   int64_t begin, count;
   const T* keys[kKeyTile];
-};
-
-template <typename T>
-class KeyPrefetcher {
- public:
-  KeyPrefetcher(const KeyTile<T>& tile, int64_t D)
-      : tile_(&tile), bytes_(D * static_cast<int64_t>(sizeof(T))) {
-    next_row();
-  }
-  void step() {
-    if (line_ >= end_) return;
-    prefetch(line_);
-    line_ += 64;
-    if (line_ >= end_) next_row();
-  }
-
- private:
-  void next_row() {
-    if (++row_ >= tile_->count) return;
-    line_ = reinterpret_cast<const char*>(tile_->keys[row_]);
-    end_ = line_ + bytes_;
-  }
-  const KeyTile<T>* tile_;
-  int64_t bytes_, row_ = -1;
-  const char *line_ = nullptr, *end_ = nullptr;
 };
 
 // Scores of a tile as vectors. Few rows: one column, a vector holds kSlots slots of all rows, row r
@@ -64,7 +38,7 @@ int32_t clamp_slot(int64_t slot) {
 
 // The scores of a tile for rows [first, first + 48) of a unit, packed at `query`.
 template <typename T, typename M, int R = 1>
-void few_scores(const KeyTile<T>& tile, KeyPrefetcher<T>& ahead, const float* query, int64_t rows,
+void few_scores(const KeyTile<T>& tile, Prefetcher<T>& ahead, const float* query, int64_t rows,
                 int64_t D, TileScores* out) {
   if constexpr (R <= kFewRows) {
     if (rows != R) return few_scores<T, M, R + 1>(tile, ahead, query, rows, D, out);
@@ -137,7 +111,7 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
   find(u.begin, tile);
   for (; tile->count > 0;) {
     find(tile->begin + kKeyTile, next);
-    KeyPrefetcher<T> ahead(*next, D);
+    Prefetcher<T> ahead(next->keys, nullptr, next->count, D);
     TileScores found{scores, 0, 0, 0};
     if (rows <= kFewRows) {
       few_scores<T, M>(*tile, ahead, query, rows, D, &found);
@@ -148,9 +122,9 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
       lines.count = tile->count;
       make_key_lines(tile->keys, tile->count, D, converted, &lines);
       for_each_group(rows, [&](int64_t first, int nv) {
-        const auto call = nv == 3   ? many_scores<M, 3, KeyPrefetcher<T>>
-                          : nv == 2 ? many_scores<M, 2, KeyPrefetcher<T>>
-                                    : many_scores<M, 1, KeyPrefetcher<T>>;
+        const auto call = nv == 3   ? many_scores<M, 3, Prefetcher<T>>
+                          : nv == 2 ? many_scores<M, 2, Prefetcher<T>>
+                                    : many_scores<M, 1, Prefetcher<T>>;
         call(lines, ahead, query + first * D, D, &found);
         for (int v = 0; v < nv; ++v)
           f(found, v, lane_rows(a, u, first + v * kLanes, 1), first + v * kLanes, tile->begin,

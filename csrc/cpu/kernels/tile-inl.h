@@ -89,13 +89,18 @@ inline void prefetch_all(const Tile<T>& tile, int64_t D) {
     for (int64_t d = 0; d < D; d += kLine) prefetch(tile.values[s] + d);
 }
 
-// Asks for a tile's rows line by line, one line per step: evenly spread over the arithmetic of the
-// tile before, since a burst of prefetches stalls like the loads it is meant to spare.
+// Asks for a tile's rows line by line, first all keys, then all values if there are any, one line
+// per step: evenly spread over the arithmetic of a tile before, since a burst of prefetches stalls
+// like the loads it is meant to spare.
 template <typename T>
 class Prefetcher {
  public:
-  Prefetcher(const Tile<T>& tile, int64_t D)
-      : tile_(&tile), bytes_(D * static_cast<int64_t>(sizeof(T))), row_(-1) {
+  Prefetcher(const T* const* keys, const T* const* values, int64_t count, int64_t D)
+      : rows_(keys),
+        values_(values),
+        left_(count),
+        count_(count),
+        bytes_(D * static_cast<int64_t>(sizeof(T))) {
     next_row();
   }
   void step() {
@@ -106,14 +111,19 @@ class Prefetcher {
   }
 
  private:
-  void next_row() {  // all keys, then all values
-    if (++row_ >= 2 * tile_->count) return;
-    const T* row = row_ < tile_->count ? tile_->keys[row_] : tile_->values[row_ - tile_->count];
-    line_ = reinterpret_cast<const char*>(row);
+  void next_row() {
+    if (left_ == 0) {
+      if (values_ == nullptr || count_ == 0) return;
+      rows_ = values_;
+      values_ = nullptr;
+      left_ = count_;
+    }
+    --left_;
+    line_ = reinterpret_cast<const char*>(*rows_++);
     end_ = line_ + bytes_;
   }
-  const Tile<T>* tile_;
-  int64_t bytes_, row_;
+  const T *const *rows_, *const *values_;
+  int64_t left_, count_, bytes_;
   const char *line_ = nullptr, *end_ = nullptr;
 };
 
