@@ -13,8 +13,9 @@ without a mask; "x eager" for eager. "roof" is the share of the roofline that ou
 the bandwidth and flops over torch's matmul rate. "paged" layouts have no opponent; compare them with
 the contiguous line above. The plot shows achieved GFLOP/s over arithmetic intensity (flops per KV byte).
 
-Artefacts: keys and values that stay in the last-level cache between rounds pass 100 %. The matmul rates are torch's own
-and can be passed too. Bandwidth on shared machines moves by a factor of two within minutes: compare within a line.
+Artefacts: keys and values lie in large pages, as in a KVStore, for all opponents. Those that stay in the last-level
+cache between rounds pass 100 %. The matmul rates are torch's own and can be passed too. Bandwidth on shared machines
+moves by a factor of two within minutes: compare within a line.
 
 Reference result: see the table in docs/kernels.md, and bench/results.
 """
@@ -32,10 +33,16 @@ import torch.nn.functional as F
 import facts
 from branchwise import ops
 from branchwise.ops.attention import unpack_mask
+from branchwise.pages import empty_slots
 
 SHAPES = {"llama3-8b": (32, 8, 128), "qwen3-0.6b": (16, 8, 128), "smollm2": (9, 3, 64), "gemma3-270m": (4, 1, 256)}
 BATCHES = {"1": 1, "4": 4, "ragged16": 16}
 STREAM = torch.ones(64 << 20)
+
+
+def in_slots(values: torch.Tensor) -> torch.Tensor:
+    """A copy in memory like a KVStore's."""
+    return empty_slots(values, tuple(values.shape)).copy_(values)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Setup:
         dtype = getattr(torch, case.dtype)
         (Hq, Hkv, D), B, T, P = SHAPES[case.shape], BATCHES[case.batch], case.T, case.prefix
         self.query = torch.randn(B, Hq, T, D, generator=g).to(dtype)
-        self.key, self.value = (torch.randn(B, Hkv, P + T, D, generator=g).to(dtype) for _ in range(2))
+        self.key, self.value = (in_slots(torch.randn(B, Hkv, P + T, D, generator=g).to(dtype)) for _ in range(2))
         low = P // 2 if case.batch.startswith("ragged") else P
         self.seq_lens = torch.randint(low, P + 1, (B,), generator=g, dtype=torch.int32)
         parents = torch.full((B, T), -1, dtype=torch.int32)
@@ -77,7 +84,7 @@ class Setup:
             pages = -(-(P + T) // case.page_size)
             self.page_table = torch.randperm(B * pages, generator=g).int().view(B, pages)
             shape = (B * pages, Hkv, case.page_size, D)
-            self.key, self.value = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+            self.key, self.value = (in_slots(torch.randn(shape, generator=g).to(dtype)) for _ in range(2))
 
     def ours(self):
         return ops.tree_attention(
