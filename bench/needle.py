@@ -34,6 +34,7 @@ import torch
 from branchwise.demo import load_smollm2
 
 RESULTS = Path(__file__).parent / "results"
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "needle.png"
 NAMES = ["vault", "harbour", "library", "tower", "garden", "museum", "station", "bridge"]
 
 
@@ -240,9 +241,10 @@ def main() -> None:
         old = json.loads(path.read_text())["rows"]
         rows = [row for row in old if row["source"] != "kvpress"] + rows
     path.parent.mkdir(exist_ok=True)
+    FIGURE.parent.mkdir(exist_ok=True)
     body = ",\n    ".join(json.dumps(row) for row in rows)
     path.write_text(f'{{\n  "rows": [\n    {body}\n  ]\n}}\n')
-    plot(rows, path.with_suffix(".png"))
+    plot(rows, FIGURE)
     print(table(rows))
     print(f"\nwritten to {path} and {path.with_suffix('.png')}")
 

@@ -15,7 +15,7 @@
 namespace branchwise {
 namespace {
 
-constexpr int64_t kKeysPerUnit = 8 * kKeyTile;
+constexpr int64_t kKeysPerUnit = 16 * kKeyTile;
 constexpr int64_t kRowsPerLse = 48;  // query rows of one pass over the keys
 
 int64_t bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }

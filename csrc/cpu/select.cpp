@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor 
   int32_t* lists = static_cast<int32_t*>(indices.mutable_data_ptr());
   int32_t* sizes = static_cast<int32_t*>(counts.mutable_data_ptr());
   const float* data = static_cast<const float*>(scores.const_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, N));
+  const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, N));
   torch::stable::parallel_for(0, B * L * H, grain, [&](int64_t begin, int64_t end) {
     Workspace w;
     for (int64_t i = begin; i < end; ++i) {

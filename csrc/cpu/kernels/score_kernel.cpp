@@ -106,12 +106,13 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
     });
     for (int64_t s = tile->count; s < kKeyTile; ++s) tile->keys[s] = zeros<T>();
   };
-  KeyTile<T> tiles[2];
-  KeyTile<T>*tile = tiles, *next = tiles + 1;
-  find(u.begin, tile);
-  for (; tile->count > 0;) {
-    find(tile->begin + kKeyTile, next);
-    Prefetcher<T> ahead(next->keys, nullptr, next->count, D);
+  KeyTile<T> tiles[kTilesAhead + 1];
+  for (int i = 0; i < kTilesAhead; ++i) find(u.begin + i * kKeyTile, tiles + i);
+  for (int at = 0; tiles[at].count > 0; at = (at + 1) % (kTilesAhead + 1)) {
+    const KeyTile<T>* tile = tiles + at;
+    KeyTile<T>* later = tiles + (at + kTilesAhead) % (kTilesAhead + 1);
+    find(tile->begin + kTilesAhead * kKeyTile, later);
+    Prefetcher<T> ahead(later->keys, nullptr, later->count, D);
     TileScores found{scores, 0, 0, 0};
     if (rows <= kFewRows) {
       few_scores<T, M>(*tile, ahead, query, rows, D, &found);
@@ -131,9 +132,6 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
             tile->count);
       });
     }
-    KeyTile<T>* done = tile;
-    tile = next;
-    next = done;
   }
 }
 
