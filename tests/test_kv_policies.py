@@ -267,6 +267,15 @@ def test_the_store_of_an_early_exit_is_not_shared():
         run(model, kv.H2O(40), ids, mask, custom_generate=bw.TreeSpeculation(bw.drafters.EarlyExit(1)))
 
 
+def test_a_presss_hooks_are_removed_whatever_happens():
+    model = tiny.model("llama")
+    ids, mask = batch()
+    with pytest.raises(ValueError, match="without a KV policy"):
+        run(model, kv.FromPress(HalfPress()), ids, mask, custom_generate=bw.TreeSpeculation(bw.drafters.EarlyExit(1)))
+    run(model, kv.FromPress(HalfPress()), ids, mask)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 BAD = [
     (lambda m: kv.SnapKV(8, 8), "budget must be at least 9 tokens, got 8"),
     (lambda m: kv.SnapKV(1.5), r"budget must be a ratio in \(0, 1\]"),

@@ -91,17 +91,19 @@ class TreeRun:
             noise=self.noise,
             sampling=sampling,
             warpers=[processor for processor in self.processors[0] if ignores_text(processor)],
+            target=self.model,
             # What the store holds under a policy is the policy's business.
-            target=self.model if policy is None else None,
             store=store if policy is None else None,
         )
-        session = drafter.begin(request)
         try:
-            self.prefill(prompts, session)
-            while self.rows and not all(self.finished):
-                self.round(session)
+            session = drafter.begin(request)
+            try:
+                self.prefill(prompts, session)
+                while self.rows and not all(self.finished):
+                    self.round(session)
+            finally:
+                session.close()
         finally:
-            session.close()
             self.kv.close()
         if self.streamer is not None:
             self.streamer.end()

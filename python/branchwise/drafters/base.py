@@ -35,7 +35,7 @@ class DraftRequest:
         sampling: False: greedy decoding, where drawing drafts would only make them worse.
         warpers: ``(ids, scores [n, V]) -> scores``, what the user asked for that depends on scores alone (temperature,
             top-k, top-p, ...): a drafter that draws from warped scores is accepted more often.
-        target, store: the target and its KV store, for a drafter that computes with them.
+        target, store: the target and its KV store, for a drafter that computes with them; no store under a KV policy.
     """
 
     prompts: Sequence[np.ndarray]

@@ -22,7 +22,7 @@ class SpecKV:
     """SnapKV whose window is the prompt's last tokens and a draft model's answer (Galim et al. 2025, arXiv 2506.08373).
 
     The draft's answer is only looked at: the target forgets it again, and computes its prompt's last token anew. Exact
-    for prompts of at most ``budget`` tokens. Holds ``2 D b Hkv budget`` bytes per layer and row after the prompt,
+    for prompts of at most ``budget`` tokens. Holds ``2 D b Hkv (budget + 1)`` bytes per layer and row after the prompt,
     rounded up to whole pages per head. The target reads prompt and answer with full attention; the paper's sparse
     prompt attention above 4096 tokens is not part of it.
 
