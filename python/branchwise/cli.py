@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-DRAFTERS = ("auto", "jacobi", "lookahead", "prompt_lookup", "suffix", "token_recycling", "trie")
+DRAFTERS = ("auto", "jacobi", "lookahead", "none", "prompt_lookup", "suffix", "token_recycling", "trie")
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -37,8 +37,9 @@ struct Places {
   struct Run {
     int64_t slot, length;
   };
-  // The slot of a place, and how many places from it on lie one after another.
-  Run run(int64_t place) const {
+  // The slot of a place, and how many places from it on lie one after another. Inlined always: a
+  // copy shared between ISA levels would have the instructions of one of them.
+  [[gnu::always_inline]] Run run(int64_t place) const {
     if (place >= prefix) return {new_slot + place - prefix, INT32_MAX};
     if (place < sink) return {place, sink - place};
     const uint32_t at = static_cast<uint32_t>(place - sink);
