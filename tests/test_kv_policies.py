@@ -104,6 +104,17 @@ def test_speculation_and_batches_give_the_sparse_models_text(name):
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_prompts_may_be_read_in_chunks(name, monkeypatch):
+    """Chunks of 20 tokens: rows end in different ones, and windows of queries reach over them."""
+    model = tiny.model("llama")
+    policy = POLICIES[name](model)[0]
+    ids, mask = batch()
+    whole = run(model, policy, ids, mask)
+    monkeypatch.setattr("branchwise.forward._CHUNK", 20)
+    assert torch.equal(run(model, policy, ids, mask), whole)
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_exact_where_everything_fits(name):
     model = tiny.model("llama")
     ids, mask = batch()
