@@ -6,7 +6,7 @@ where it matters, while a penalty pulls them to 0. Text: prose with passkeys hid
 those positions count. Card rlkv, algorithm B; Xiao et al. 2024, arXiv 2410.10819. (RLKV learns the same gates from
 rewards of sampled answers, and is not shown.)
 
-    python examples/learn_gates.py --steps 100 --out gates.pt          # SmolLM2-135M, minutes
+    python examples/learn_gates.py --steps 100 --out gates.pt          # SmolLM2-135M
     policy = kv.HeadwiseKV(torch.load("gates.pt"), sparsity=0.5)
 """
 

@@ -307,6 +307,9 @@ BAD = [
     (lambda m: kv.PromptDistill([40, 20], [1]), "layers must ascend and match budgets"),
     (lambda m: kv.PromptDistill([40], [5]), "layers must be below the model's 3 layers, got 5"),
     (lambda m: kv.FromPress(object()), "press must have score; object has none"),
+    (lambda m: kv.SnapKV(40, page_size=10), "page_size must be a divisor of 64, got 10"),
+    (lambda m: kv.HeadwiseKV(torch.rand(3, 2), page_size=0), "page_size must be a divisor of 64, got 0"),
+    (lambda m: kv.PromptDistill([40], [1], page_size=48), "page_size must be a divisor of 64, got 48"),
     (lambda m: kv.SpecPC(m, 40, first_layer=3), r"first_layer must be in \[0, 2\], got 3"),
 ]
 

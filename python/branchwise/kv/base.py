@@ -101,6 +101,12 @@ def check_budget(name: str, budget: int | float, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least} tokens, got {budget}")
 
 
+def check_page_size(page_size: int) -> None:
+    """Raises ValueError unless slots, of which stores hold multiples of 64, divide into such pages."""
+    if page_size < 1 or 64 % page_size:
+        raise ValueError(f"page_size must be a divisor of 64, got {page_size}")
+
+
 def check_range(name: str, value: float, low: float, high: float | None = None) -> None:
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'in [{low}, {high}]'}, got {value}")

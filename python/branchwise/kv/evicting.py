@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import LayerCall
 from ..cache import KVStore
-from .base import KVSession, check_layers
+from .base import KVSession, check_layers, check_page_size
 
 Keep = tuple[Tensor, Tensor]  # slots i32[B, Hs, K] and counts i32[B, Hs], as evict_kv takes them
 
@@ -28,6 +28,7 @@ class EvictingSession(KVSession):
 
     def __init__(self, model: PreTrainedModel, store: KVStore, window: int, page_size: int) -> None:
         check_layers(model)
+        check_page_size(page_size)
         super().__init__(model, store)
         self.window, self.page_size = window, page_size
         self._queries: dict[int, list[Tensor]] = {}  # of a prompt so far, the last of each row, [Hq, <= window, D]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import LayerCall
 from ..cache import KVStore
-from .base import KVSession, check_layers, check_range
+from .base import KVSession, check_layers, check_page_size, check_range
 
 
 class HeadwiseKV:
@@ -47,6 +45,7 @@ class HeadwiseKV:
         check_range("sparsity", sparsity, 0, 1)
         check_range("sinks", sinks, 0)
         check_range("recent", recent, 1)
+        check_page_size(page_size)
         self.gates, self.sparsity, self.sinks, self.recent = gates.float(), sparsity, sinks, recent
         self.page_size, self.seed = page_size, seed
 
@@ -106,6 +105,3 @@ class HeadwiseSession(KVSession):
         begin = np.full(lens.shape, self.options.sinks, np.int32)
         end = np.where(self._full[layer].numpy(), 0, lens.numpy() - self.options.recent + 1)
         return begin, np.maximum(end, begin)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        pass  # the store keeps what there is

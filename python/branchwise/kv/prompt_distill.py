@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..cache import KVStore
 from ..forward import StoredModel
 from ..layers import LayerSwitch, pass_through
-from .base import check_budget, check_range, resolve_budget, windowed_layers
+from .base import check_budget, check_page_size, check_range, resolve_budget, windowed_layers
 from .prompt_layers import LayerwiseSession, best_positions
 
 
@@ -47,6 +47,7 @@ class PromptDistill:
         if len(budgets) != len(layers) or not layers or sorted(set(layers)) != list(layers) or layers[0] < 0:
             raise ValueError(f"layers must ascend and match budgets, got {list(layers)} and {list(budgets)}")
         check_range("truncate", truncate, -1, len(layers))
+        check_page_size(page_size)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd and positive, got {kernel}")
         self.budgets, self.layers, self.kernel, self.page_size = tuple(budgets), tuple(layers), kernel, page_size
