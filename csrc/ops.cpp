@@ -94,6 +94,10 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
   m.def(
       "rerotate_keys(Tensor(a!) key_cache, Tensor begin, Tensor end, Tensor shift, Tensor "
       "inv_freq, Tensor? page_table=None) -> ()");
+  m.def(
+      "fetch_slots(Tensor key_source, Tensor value_source, Tensor? source_table, Tensor indices, "
+      "Tensor counts, int unit, Tensor seq_lens, int new_tokens, Tensor(a!) key_cache, Tensor(b!) "
+      "value_cache, Tensor(c!) page_table, Tensor(d!) owners) -> (Tensor, Tensor)");
 
   // CPU instruction set: level in use and best level of this machine; request >= 0 changes the
   // level.

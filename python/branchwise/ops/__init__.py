@@ -7,6 +7,7 @@ reference that the tests use as oracle.
 from ._load import CUDA_LOADED, ISA_LEVELS, LIBRARY_DIR, cpu_isa, set_cpu_isa
 from .attention import merge_attention, tree_attention
 from .draft import top_tokens
+from .fetch import fetch_slots
 from .kv import append_kv, commit_kv, evict_kv, rerotate_keys
 from .scores import attention_mass, page_summaries, score_pages
 from .select import select_pages, select_slots
@@ -34,6 +35,7 @@ __all__ = [
     "commit_kv",
     "cpu_isa",
     "evict_kv",
+    "fetch_slots",
     "merge_attention",
     "node_uniforms",
     "page_summaries",
