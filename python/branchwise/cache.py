@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops
-from .pages import PagedLayer, empty_slots
+from .pages import Allocate, PagedLayer, empty_slots, zero_slots
 
 _SLOT_STEP = 64  # capacities are multiples of this
 
@@ -20,6 +20,7 @@ class KVLayer(CacheLayerMixin):
     """Slots of one layer: ``keys`` and ``values`` [B, Hkv, S, D]; None until the first append."""
 
     page_table = None
+    allocate: Allocate = staticmethod(empty_slots)
 
     def __init__(self, store: KVStore) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class KVLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         S = self.store.capacity
         self.keys, self.values = (
-            empty_slots(states, (*states.shape[:2], S, states.shape[3])).zero_()
+            zero_slots(self.allocate, states, (*states.shape[:2], S, states.shape[3]))
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -55,7 +56,8 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+        """In memory."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized and self.allocate is empty_slots else 0
 
 
 class KVStore(Cache):
@@ -106,7 +108,7 @@ class KVStore(Cache):
             return
         self.capacity = _round_up(max(needed, self.capacity * 3 // 2))
         for layer in self._contiguous():
-            layer.keys, layer.values = self._grown(layer.keys), self._grown(layer.values)
+            layer.keys, layer.values = self._grown(layer, layer.keys), self._grown(layer, layer.values)
 
     def commit(self, accepted: Tensor, num_accepted: Tensor) -> None:
         """Keeps the accepted nodes of the last append and forgets the rest; see :func:`branchwise.ops.commit_kv`."""
@@ -136,7 +138,7 @@ class KVStore(Cache):
             return
         ops.evict_kv(old.keys, old.values, keep, counts)
         lens = counts.expand(-1, old.keys.shape[1]).contiguous()
-        self.layers[layer] = PagedLayer.from_slots(old.keys, old.values, lens, page_size)
+        self.layers[layer] = PagedLayer.from_slots(old.keys, old.values, lens, page_size, allocate=old.allocate)
 
     def make_pages(self, layer: int, lens: Tensor, page_size: int, hole: tuple[np.ndarray, np.ndarray]) -> None:
         """Gives the heads of a layer pages of their own for slots below i32[B, Hkv] ``lens``, and frees the rest.
@@ -145,7 +147,15 @@ class KVStore(Cache):
         between are freed, and the other slots stay where they are.
         """
         old = self.layers[layer]
-        self.layers[layer] = PagedLayer.from_slots(old.keys, old.values, lens, page_size, hole)
+        self.layers[layer] = PagedLayer.from_slots(old.keys, old.values, lens, page_size, hole, old.allocate)
+
+    def move(self, layer: int, allocate: Allocate) -> None:
+        """Gives a layer of contiguous slots memory of another kind, now and for what it is given later."""
+        moved = self.layer(layer)
+        assert isinstance(moved, KVLayer)
+        moved.allocate = allocate
+        if moved.is_initialized:
+            moved.keys, moved.values = self._grown(moved, moved.keys), self._grown(moved, moved.values)
 
     def start_empty(self, layers: Sequence[int], page_size: int) -> None:
         """Makes layers that hold nothing yet fill up on their own, whatever the others hold. Layer 0 holds something,
@@ -166,7 +176,7 @@ class KVStore(Cache):
         """Keeps only these rows, in this order."""
         index = torch.tensor(rows)
         for layer in self._contiguous():
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+            layer.keys, layer.values = (self._rows(layer, cache, index) for cache in (layer.keys, layer.values))
         for layer in self._paged():
             layer.select_rows(rows)
         self.set_lengths(self.seq_lens[index])
@@ -178,7 +188,7 @@ class KVStore(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held by all slots, used or not."""
+        """Bytes that all slots, used or not, hold in memory."""
         return sum(layer.num_bytes for layer in self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -194,8 +204,11 @@ class KVStore(Cache):
     def _paged(self) -> list[PagedLayer]:
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
-    def _grown(self, old: Tensor) -> Tensor:
-        new = empty_slots(old, (*old.shape[:2], self.capacity, old.shape[3])).zero_()
+    def _rows(self, layer: KVLayer, old: Tensor, index: Tensor) -> Tensor:
+        return torch.index_select(old, 0, index, out=layer.allocate(old, (len(index), *old.shape[1:])))
+
+    def _grown(self, layer: KVLayer, old: Tensor) -> Tensor:
+        new = zero_slots(layer.allocate, old, (*old.shape[:2], self.capacity, old.shape[3]))
         used = self.max_length + self._pending
         new[:, :, :used] = old[:, :, :used]
         return new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from . import _host, ops
+
+Allocate = Callable[[Tensor, tuple[int, ...]], Tensor]  # of the dtype of the first argument
 
 
 def empty_slots(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -20,6 +23,12 @@ def empty_slots(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return slots
 
 
+def zero_slots(allocate: Allocate, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Other allocators than :func:`empty_slots` give zeros as it is."""
+    slots = allocate(like, shape)
+    return slots.zero_() if allocate is empty_slots else slots
+
+
 class PagedLayer(CacheLayerMixin):
     """Pages of one layer. Every head of every row has its own length and its own pages.
 
@@ -27,12 +36,16 @@ class PagedLayer(CacheLayerMixin):
         keys, values: [pages, 1, page_size, D].
         page_table: i32[B, Hkv, N]; -1 where a head has no page.
         lens: i32[B, Hkv], committed slots.
+        allocate: where its slots come from.
     """
 
     is_initialized = True
 
-    def __init__(self, keys: Tensor, values: Tensor, page_table: Tensor, lens: Tensor) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, page_table: Tensor, lens: Tensor, allocate: Allocate = empty_slots
+    ) -> None:
         super().__init__()
+        self.allocate = allocate
         self.is_initialized = True
         self.keys, self.values, self.page_table, self.lens = keys, values, page_table, lens
         self._pending = 0
@@ -46,13 +59,14 @@ class PagedLayer(CacheLayerMixin):
         lens: Tensor,
         page_size: int,
         hole: tuple[np.ndarray, np.ndarray] | None = None,
+        allocate: Allocate = empty_slots,
     ) -> PagedLayer:
         """The first ``lens[b, h]`` slots of contiguous caches [B, Hkv, S, D], copied, but for pages that lie wholly in
         the ``hole``, see :meth:`release`; S is a multiple of ``page_size``."""
         B, Hkv, S, _ = keys.shape
         table = torch.arange(B * Hkv * (S // page_size), dtype=torch.int32).view(B, Hkv, -1)
         pools = [cache.reshape(-1, 1, page_size, cache.shape[3]) for cache in (keys, values)]
-        layer = cls(pools[0], pools[1], table, lens)
+        layer = cls(pools[0], pools[1], table, lens, allocate)
         if hole is not None:
             layer.release(*hole)
         return layer._packed()
@@ -70,7 +84,8 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        """In memory."""
+        return self.keys.nbytes + self.values.nbytes if self.allocate is empty_slots else 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         at = self.lens + self._pending if self._pending else self.lens
@@ -154,11 +169,12 @@ class PagedLayer(CacheLayerMixin):
 
     def _grow(self, pages: int) -> None:
         # An eighth more than needed: growth by single pages would copy the pool for every one.
-        old = len(self.keys)
+        keys, values, old = self.keys, self.values, len(self.keys)
         pages = max(pages, old // 8)
         self.keys, self.values = (
-            torch.cat([pool, pool.new_zeros(pages, *pool.shape[1:])]) for pool in (self.keys, self.values)
+            zero_slots(self.allocate, pool, (old + pages, *pool.shape[1:])) for pool in (keys, values)
         )
+        self.keys[:old], self.values[:old] = keys, values
         self._free += range(old + pages - 1, old - 1, -1)
 
     def _packed(self) -> PagedLayer:
@@ -171,7 +187,7 @@ class PagedLayer(CacheLayerMixin):
         width = int(np.flatnonzero(used.any(axis=(0, 1))).max(initial=-1)) + 1
         packed = np.ascontiguousarray(packed[:, :, :width])
         keys, values = (
-            torch.index_select(pool, 0, kept, out=empty_slots(pool, (len(kept), *pool.shape[1:])))
+            torch.index_select(pool, 0, kept, out=self.allocate(pool, (len(kept), *pool.shape[1:])))
             for pool in (self.keys, self.values)
         )
-        return PagedLayer(keys, values, torch.from_numpy(packed), self.lens)
+        return PagedLayer(keys, values, torch.from_numpy(packed), self.lens, self.allocate)

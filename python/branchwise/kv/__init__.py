@@ -8,6 +8,7 @@ from .gates import estimate_gates
 from .gemfilter import GemFilter
 from .h2o import H2O
 from .headwise import HeadwiseKV
+from .placement import MemoryModel
 from .press import FromPress
 from .prompt_distill import PromptDistill
 from .pyramidkv import PyramidKV
@@ -31,6 +32,7 @@ __all__ = [
     "KVPolicy",
     "KVSession",
     "LayerHead",
+    "MemoryModel",
     "PromptDistill",
     "PyramidKV",
     "Quest",

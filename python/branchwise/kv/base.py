@@ -85,6 +85,11 @@ def windowed_layers(model: PreTrainedModel) -> set[int]:
     return {index for index, kind in enumerate(types) if kind == "sliding_attention"}
 
 
+def full_layers(model: PreTrainedModel) -> set[int]:
+    """Layers whose attention has no window of its own."""
+    return set(range(model.config.get_text_config().num_hidden_layers)) - windowed_layers(model)
+
+
 def resolve_budget(budget: int | float, lengths: Tensor) -> Tensor:
     """Slots per row, i64[B], from a number of tokens or a ratio of the rows' lengths i32[B]."""
     if isinstance(budget, float):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class LayerProjections:
         layer: its index.
 
     Raises:
-        ValueError: the layer has no such projections or no ``input_layernorm``, or there is no single rotary embedding.
+        ValueError: the layer has no such projections or no ``input_layernorm``, or the model no rotary embedding.
     """
 
     def __init__(self, model: PreTrainedModel, layer: int) -> None:
@@ -33,6 +34,12 @@ class LayerProjections:
             )
         self.attention, self.norm, self.rotary = attention, block.input_layernorm, rotary
         self.head_dim: int = attention.head_dim
+        # Models whose layers differ in their angles (Gemma 3) ask which are wanted.
+        self._kind = (
+            (model.config.get_text_config().layer_types[layer],)
+            if "layer_type" in inspect.signature(rotary.forward).parameters
+            else ()
+        )
 
     def __call__(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, Hq, T, D] and keys [B, Hkv, T, D] before RoPE, of what enters the attention, [B, T, H]."""
@@ -46,7 +53,7 @@ class LayerProjections:
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """[B, H, T, D] at i64[B, T] positions."""
-        cos, sin = self.rotary(x, positions)
+        cos, sin = self.rotary(x, positions, *self._kind)
         R = cos.shape[-1]
         part, rest = x[..., :R], x[..., R:]
         turned = torch.cat([-part[..., R // 2 :], part[..., : R // 2]], dim=-1)

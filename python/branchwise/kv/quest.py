@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import LayerCall
 from ..cache import KVStore
-from .base import check_range
+from .base import check_range, full_layers
 from .selecting import SelectingSession
 
 
@@ -30,6 +31,8 @@ class Quest:
         sinks: first tokens that are always attended to.
         recent: newest tokens that are always attended to, rounded up to pages; trees grow no deeper than this.
         min_length: attend to everything below so many tokens; None measures, once per shape, where selecting pays.
+        offload: directory for files that keep the layers behind the dense ones, of which then only what a step attends
+            to is in memory, as for :class:`branchwise.kv.SpeContext`; None: everything stays in memory.
 
     Raises:
         ValueError: an option outside its range; on use, a model whose layers share keys.
@@ -46,6 +49,7 @@ class Quest:
         sinks: int = 0,
         recent: int = 32,
         min_length: int | None = None,
+        offload: str | os.PathLike[str] | None = None,
     ) -> None:
         check_range("page_size", page_size, 1)
         check_range("dense_layers", dense_layers, 0)
@@ -54,6 +58,7 @@ class Quest:
         check_range("budget", budget, recent + 2 * page_size)
         self.budget, self.page_size, self.dense_layers = budget, page_size, dense_layers
         self.sinks, self.recent, self.min_length = sinks, recent, min_length
+        self.offload = offload
 
     def begin(self, model: PreTrainedModel, store: KVStore) -> QuestSession:
         return QuestSession(model, store, self)
@@ -66,11 +71,14 @@ class QuestSession(SelectingSession):
         super().__init__(model, store, options)
         self._summaries: dict[int, Tensor] = {}  # [B, Hkv, pages, 2 D]
         self._summarised: dict[int, Tensor] = {}  # i32[B], slots of each row that they cover
+        if options.offload is not None:
+            self.offload(options.offload, full_layers(model) - set(range(options.dense_layers)))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the summaries."""
-        return sum(tensor.nbytes for tensor in self._summaries.values())
+        """Bytes of the summaries, and of what is in memory of layers in files."""
+        pages = 0 if self.offloaded is None else self.offloaded.num_bytes
+        return pages + sum(tensor.nbytes for tensor in self._summaries.values())
 
     def select(self, call: LayerCall) -> tuple[Tensor, Tensor] | None:
         if call.layer < self.options.dense_layers:

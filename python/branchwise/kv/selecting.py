@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import AttentionPlan, LayerCall
 from ..cache import KVStore
+from ..offload import MappedFiles, Offloaded
 from .base import KVSession, check_layers
 
 
@@ -61,6 +63,12 @@ class SelectingSession(KVSession):
         self.recent_pages = -(-options.recent // size)
         self.budget_pages = max(1, -(-options.budget // size) - self.recent_pages - 1)
         self._round: Round | None = None
+        self.offloaded: Offloaded | None = None
+
+    def offload(self, directory: str | os.PathLike[str], layers: Iterable[int]) -> None:
+        """Keeps layers in files."""
+        self.offloaded = Offloaded(self.store, MappedFiles(directory), self.options.page_size)
+        self.offloaded.move(layers)
 
     def select(self, call: LayerCall) -> tuple[Tensor, Tensor] | None:
         """Lists i32[B, T, Hs, K] and counts i32[B, T, Hs] of pages; None: everything."""
@@ -72,10 +80,20 @@ class SelectingSession(KVSession):
         chosen = self.select(call)
         if chosen is None:
             return call.dense()[0]
+        if self.offloaded is not None:
+            call = self.offloaded.fetched(call, chosen, self.options.page_size)
         return call.sparse(*chosen, unit=self.options.page_size)
 
     def max_depth(self) -> Sequence[int]:
         return [self.recent_pages * self.options.page_size] * len(self.store.seq_lens)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        if self.offloaded is not None:
+            self.offloaded.select_rows()
+
+    def close(self) -> None:
+        if self.offloaded is not None:
+            self.offloaded.close()
 
     def choose(self, call: LayerCall, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Pages for every token, from scores f32[B, T, Hs, N] of the committed ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import LayerCall
 from ..cache import KVStore
+from ..offload import MappedFiles, Offloaded
 from ..tree import RowTree, TokenTree
-from .base import check_range
+from .base import check_range, full_layers
 from .evicting import EvictingSession, Keep, window_mass
 from .snapkv import pool
 
@@ -30,8 +32,8 @@ class SentenceKV:
     What the prompt keeps is chosen as in SnapKV, with largest-of pooling. A sentence that is being written is always
     seen whole, and its first tokens see everything that is held. Exact while the prompt fits ``factor * budget`` and
     the text fits ``budget``. Holds ``2 D b Hkv (factor * budget + generated)`` bytes per layer and row and a mean key
-    per sentence; the paper's off-loading of what is not attended to is not part of it. Trees are cut behind the end of
-    a sentence.
+    per sentence; with ``offload`` these lie in files, and only the pages of what a step attends to are in memory. Trees
+    are cut behind the end of a sentence.
 
     Args:
         marks: ids of the tokens that end a sentence, see :func:`sentence_marks`.
@@ -41,7 +43,9 @@ class SentenceKV:
         window: last tokens of the prompt whose attention says what it keeps.
         longest: tokens after which a sentence ends without a mark.
         kernel: odd width of the pooling over positions.
-        page_size: slots allocated together per head.
+        page_size: slots allocated and fetched together per head.
+        offload: directory for files that keep the layers, as for :class:`branchwise.kv.SpeContext`; None: everything
+            stays in memory. The first tokens of a sentence see everything, and fetch it.
 
     Raises:
         ValueError: an option outside its range; on use, a model whose layers share keys.
@@ -58,6 +62,7 @@ class SentenceKV:
         longest: int = 256,
         kernel: int = 7,
         page_size: int = 16,
+        offload: str | os.PathLike[str] | None = None,
     ) -> None:
         check_range("sinks", sinks, 0)
         check_range("recent", recent, 1)
@@ -70,6 +75,7 @@ class SentenceKV:
         self.marks = frozenset(marks)
         self.budget, self.kept, self.sinks, self.recent = budget, int(factor * budget), sinks, recent
         self.window, self.longest, self.kernel, self.page_size = window, longest, kernel, page_size
+        self.offload = offload
 
     def begin(self, model: PreTrainedModel, store: KVStore) -> SentenceKVSession:
         return SentenceKVSession(model, store, self)
@@ -95,9 +101,20 @@ class SentenceKVSession(EvictingSession):
         self.cuts: list[list[int]] = []  # of each row, positions where its closed sentences begin, and end
         self._offsets: dict[int, Tensor] = {}  # by layer, i32[B, Hkv, S + 1]: the same cuts in slots
         self._means: dict[int, Tensor] = {}  # [B, Hkv, S, D]
+        self._summarised: dict[int, Tensor] = {}  # i32[B], sentences of each row that they cover
         self._sums: dict[int, Tensor] = {}  # f32[B, Hkv, D], queries of the open sentence so far
         self._round: dict[int, Tensor] = {}  # f32[B, Hkv, T, D], of this round's nodes
         self._tree: TokenTree | None = None
+        self.offloaded: Offloaded | None = None
+        if options.offload is not None:
+            self.offloaded = Offloaded(store, MappedFiles(options.offload), options.page_size)
+            self.offloaded.move(full_layers(model))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the means, and of what is in memory of layers in files."""
+        pages = 0 if self.offloaded is None else self.offloaded.num_bytes
+        return pages + sum(tensor.nbytes for tensor in self._means.values())
 
     # Reading the prompt
 
@@ -167,7 +184,15 @@ class SentenceKVSession(EvictingSession):
             return call.dense()[0]
         scores = self._scores(call, lens, query)
         indices, counts = self._select(call, lens, scores)
-        return call.sparse(indices, counts)
+        if self.offloaded is None:
+            return call.sparse(indices, counts)
+        # What sees everything reads it where it lies: to bring it all in would fill the memory.
+        young = self._young()[..., None]
+        few = torch.where(young, 0, counts)
+        out = self.offloaded.fetched(call, (indices, few), unit=1).sparse(indices, few)
+        if bool(young.any()):
+            out = torch.where(young[:, None], call.sparse(indices, torch.where(young, counts, 0)), out)
+        return out
 
     def _scores(self, call: LayerCall, lens: Tensor, query: Tensor) -> Tensor:
         """f32[B, T, Hkv, S]: every node's mean query so far in its sentence against the means of closed ones."""
@@ -226,18 +251,20 @@ class SentenceKVSession(EvictingSession):
         return marks | first
 
     def _current_means(self, call: LayerCall) -> Tensor:
-        """Mean keys of the closed sentences, [B, Hkv, S, D]."""
-        means = self._means.get(call.layer)
-        if means is None:
-            offsets = self._offsets[call.layer]
-            size = offsets.shape[2] - 1
+        """Mean keys of the closed sentences, [B, Hkv, S, D]; those that were not closed last time are read."""
+        offsets, old = self._offsets[call.layer], self._means.get(call.layer)
+        closed = torch.tensor([len(cuts) - 1 for cuts in self.cuts], dtype=torch.int32)
+        seen = self._summarised.get(call.layer, torch.zeros_like(closed))
+        size = offsets.shape[2] - 1
+        if old is None or old.shape[2] < size:
             means = call.query.new_zeros(*offsets.shape[:2], size, call.query.shape[3])
-            begin = torch.zeros(len(self.cuts), dtype=torch.int32)
-            ops.page_summaries(
-                call.keys, begin, begin + size, means, segment_offsets=offsets, page_table=call.page_table
-            )
-            self._means[call.layer] = means
-        return means
+            if old is not None:
+                means[:, :, : old.shape[2]] = old
+            self._means[call.layer] = old = means
+        if bool((seen < closed).any()):
+            ops.page_summaries(call.keys, seen, closed, old, segment_offsets=offsets, page_table=call.page_table)
+            self._summarised[call.layer] = closed
+        return old
 
     def committed(self, nodes: Tensor, count: Tensor) -> None:
         if self._tree is None:
@@ -254,7 +281,6 @@ class SentenceKVSession(EvictingSession):
             if closed[-1]:
                 cuts.append(n)
         if any(closed):
-            self._means.clear()
             for layer in self._round:
                 self._append_cuts(layer)
         self._round.clear()
@@ -276,7 +302,12 @@ class SentenceKVSession(EvictingSession):
     def keep(self, rows: Sequence[int]) -> None:
         index = list(rows)
         self.cuts = [self.cuts[row] for row in index]
-        self._means.clear()
-        for tensors in (self._offsets, self._sums):
+        if self.offloaded is not None:
+            self.offloaded.select_rows()
+        for tensors in (self._offsets, self._sums, self._means, self._summarised):
             for layer in tensors:
                 tensors[layer] = tensors[layer][index]
+
+    def close(self) -> None:
+        if self.offloaded is not None:
+            self.offloaded.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import LayerCall
 from ..cache import KVStore
-from .base import check_range
+from .base import check_range, full_layers
+from .placement import MemoryModel
 from .projections import LayerProjections
 from .selecting import SelectingSession
 
@@ -49,14 +51,20 @@ class SpeContext:
 
     A head's attention is normalised over the tokens that compete, and the largest value among the query heads of a KV
     head decides. Nothing is evicted; a step reads the head's keys and ``budget`` tokens per layer. Exact while a row
-    has at most ``budget`` tokens, and below ``min_length``. Fetching the lists from a slower memory, the paper's point,
-    is
-    not part of it yet: all keys and values stay in one place.
+    has at most ``budget`` tokens, and below ``min_length``.
+
+    With ``offload``, layers lie in files and only what a step attends to is in memory, ``budget`` tokens per KV head
+    and the new ones (with trees, what any node attends to). Every step fetches what the last one did not have, on a
+    thread that is ahead of the layers. The text is the same, bit for bit.
 
     Args:
         head: a trained :class:`RetrievalHead`; None: a :class:`LayerHead` of the target.
         budget: tokens attended to per KV head, recent ones included.
         sinks, recent, min_length: as for :class:`branchwise.kv.Quest`; the paper forces no recent tokens.
+        offload: directory for files that keep layers; None: everything stays in memory. On a disk: what lies in a
+            directory that is memory itself saves none.
+        memory: bytes for keys and values of a batch. Before every forward, as many layers as this demands move to
+            files, last ones first, see :class:`branchwise.kv.MemoryModel`; None: all layers, from the start.
 
     Raises:
         ValueError: an option outside its range; on use, a model whose layers share keys or, without a head, without the
@@ -72,11 +80,18 @@ class SpeContext:
         sinks: int = 4,
         recent: int = 32,
         min_length: int | None = None,
+        offload: str | os.PathLike[str] | None = None,
+        memory: int | None = None,
     ) -> None:
         check_range("sinks", sinks, 0)
         check_range("recent", recent, 0)
         check_range("budget", budget, recent + 2)
+        if memory is not None:
+            check_range("memory", memory, 0)
+            if offload is None:
+                raise ValueError(f"memory = {memory} needs offload, a directory for what does not fit")
         self.head, self.budget, self.sinks, self.recent, self.min_length = head, budget, sinks, recent, min_length
+        self.offload, self.memory = offload, memory
 
     def begin(self, model: PreTrainedModel, store: KVStore) -> SpeContextSession:
         return SpeContextSession(model, store, self)
@@ -91,11 +106,28 @@ class SpeContextSession(SelectingSession):
         self._keys = KVStore(len(store.seq_lens), store.capacity)  # the head's; their values are not used
         self._query = torch.empty(0)
         self._chosen: tuple[Tensor, Tensor] | None = None  # in this forward
+        self._layers = sorted(full_layers(model))  # that may lie in files
+        if options.offload is not None:
+            self.offload(options.offload, self._layers if options.memory is None else [])
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the retrieval head's keys."""
-        return self._keys.layers[0].keys.nbytes
+        """Bytes of the retrieval head's keys, and of what is in memory of layers in files."""
+        return self._keys.num_bytes + (0 if self.offloaded is None else self.offloaded.num_bytes)
+
+    def memory_model(self) -> MemoryModel:
+        config = self.model.config.get_text_config()
+        head = self._keys.layers[0]
+        heads, dim, item_bytes = head.keys.shape[1], head.keys.shape[3], head.keys.element_size()
+        return MemoryModel(
+            layers=config.num_hidden_layers,
+            rows=len(self.store.seq_lens),
+            kv_heads=heads,
+            head_dim=dim,
+            item_bytes=item_bytes,
+            budget=self.options.budget + 2,  # the token itself, and its successor's place
+            head_bytes=heads * (dim + 1) * item_bytes,
+        )
 
     def before(self, tokens: Tensor, positions: Tensor) -> None:
         self._query, key = self._head(tokens, positions)
@@ -103,10 +135,15 @@ class SpeContextSession(SelectingSession):
         self._keys.set_lengths(self.store.seq_lens)
         self._keys.reserve(tokens.shape[1])
         self._keys.update(key, key[..., :1], 0)
+        if self.offloaded is not None and self.options.memory is not None:
+            count = self.memory_model().offloaded(self.store.capacity, self.options.memory)
+            self.offloaded.move(self._layers[-count:] if count else [])
 
     def select(self, call: LayerCall) -> tuple[Tensor, Tensor]:
         if self._chosen is None:
             self._chosen = self.choose(call, self._scores(call))
+            if self.offloaded is not None:
+                self.offloaded.prefetch(call, self._chosen, unit=1)
         return self._chosen
 
     def _scores(self, call: LayerCall) -> Tensor:
