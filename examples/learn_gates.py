@@ -37,10 +37,10 @@ class Gates(torch.nn.Module):
         self.active = True
 
     def attention(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        group, n = query.shape[1] // key.shape[1], query.shape[2]
+        group, n, past = query.shape[1] // key.shape[1], key.shape[2], key.shape[2] - query.shape[2]
         keys, values = (x.repeat_interleave(group, 1) for x in (key, value))
         logits = query @ keys.mT * options["scaling"]
-        distance = torch.arange(n)[:, None] - torch.arange(n)
+        distance = torch.arange(past, n)[:, None] - torch.arange(n)
         full = distance >= 0
         out = self._attend(logits, full, values)
         if self.active:

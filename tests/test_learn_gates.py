@@ -1,6 +1,7 @@
-"""examples/learn_gates.py on a toy model."""
+"""examples/learn_gates.py and learn_gates_rl.py on toy models."""
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 
 import torch
@@ -10,14 +11,15 @@ import branchwise as bw
 import tiny
 from branchwise import kv
 
-PATH = Path(__file__).parent.parent / "examples" / "learn_gates.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def example():
-    spec = importlib.util.spec_from_file_location("learn_gates", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example(name="learn_gates"):
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
 
 
 def toy():
@@ -74,3 +76,62 @@ def test_gates_close_where_the_window_holds_everything_and_stay_open_where_not()
     assert long.shape == (3, 2) and (long >= 0).all() and (long <= 1).all() and long.mean() > short.mean()
     for parameter in tiny.model("llama").parameters():
         parameter.requires_grad_(True)
+
+
+def decided():
+    """A toy model that is sure of every token."""
+    model = toy()
+    model.lm_head.weight.data *= 300
+    return model
+
+
+def greedy_questions(module, model, n=24, new=6):
+    """Right is what the model says with all gates open."""
+    questions = []
+    for step in range(60):
+        ids = batches(n)(step)[0]
+        wanted = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)[0, n:]
+        questions.append(module.Question(ids, lambda answer, wanted=wanted: torch.equal(answer, wanted)))
+    return questions.__getitem__
+
+
+def test_rewards_close_gates_that_do_nothing_and_spare_those_that_do():
+    module = example("learn_gates_rl")
+    means, rewards = {}, {}
+    for recent in (64, 2):  # everything, and next to nothing
+        model = decided()
+        model.generation_config.eos_token_id = None
+        seen = []
+        gates = module.learn_gates(
+            model,
+            greedy_questions(module, model),
+            60,
+            sinks=0,
+            recent=recent,
+            new_tokens=6,
+            rate=0.05,
+            penalty=0.5,
+            report=lambda step, reward, gates, seen=seen: seen.append(reward),
+        )
+        assert gates.shape == (3, 2) and (gates >= 0).all() and (gates <= 1).all()
+        means[recent], rewards[recent] = float(gates.mean()), seen
+    assert means[64] < 0.05 and sum(rewards[64]) > 40
+    assert rewards[2][0] > 0.5 and means[2] > 0.3
+
+
+def test_no_reward_no_change():
+    module, model = example("learn_gates_rl"), toy()
+    questions = [module.Question(batches(20)(step)[0], lambda answer: False) for step in range(3)]
+    gates = module.learn_gates(model, questions.__getitem__, 3, weight_decay=0.0, new_tokens=2)
+    assert torch.equal(gates, torch.ones(3, 2))
+
+
+def test_gates_see_the_same_with_and_without_a_cache():
+    module, model = example(), toy()
+    ids = batches(40)(0)[0]
+    gates = module.Gates(model, 4, 8)
+    gates.values.data.fill_(0.3)
+    with module.gated(model, gates), torch.no_grad():
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "output_logits": True}
+        outs = [model.generate(ids, use_cache=c, return_dict_in_generate=True, **options) for c in (True, False)]
+    torch.testing.assert_close(torch.stack(outs[0].logits), torch.stack(outs[1].logits), atol=1e-5, rtol=1e-5)

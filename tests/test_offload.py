@@ -23,6 +23,12 @@ POLICIES = {
 }
 
 
+@pytest.fixture
+def ahead(monkeypatch):
+    """Fetch on a thread, whatever the machine has."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(1000))
+
+
 class Sessions:
     """A policy that remembers its sessions."""
 
@@ -127,7 +133,7 @@ def test_bytes_in_memory(tmp_path):
         assert session.store.num_bytes == 0
 
 
-def test_slow_and_late_fetches_change_nothing(tmp_path, monkeypatch):
+def test_slow_and_late_fetches_change_nothing(tmp_path, monkeypatch, ahead):
     model = tiny.model("llama")
     wanted = run(model, POLICIES["specontext"](), max_new_tokens=12)
     fetch, delays = PageCache.fetch, iter(range(10**6))
@@ -144,7 +150,7 @@ def test_slow_and_late_fetches_change_nothing(tmp_path, monkeypatch):
         assert_same(wanted, run(model, POLICIES["specontext"](offload=tmp_path), max_new_tokens=12))
 
 
-def test_errors_of_the_thread_reach_the_caller(tmp_path, monkeypatch):
+def test_errors_of_the_thread_reach_the_caller(tmp_path, monkeypatch, ahead):
     fetch = PageCache.fetch
 
     def broken(self, call, lists, unit, ahead=False):
@@ -157,7 +163,7 @@ def test_errors_of_the_thread_reach_the_caller(tmp_path, monkeypatch):
         run(tiny.model("llama"), POLICIES["specontext"](offload=tmp_path))
 
 
-def test_a_forward_that_breaks_off_leaves_no_thread_behind(tmp_path, monkeypatch):
+def test_a_forward_that_breaks_off_leaves_no_thread_behind(tmp_path, monkeypatch, ahead):
     model = tiny.model("llama")
 
     def broken(*args, **kwargs):
@@ -170,6 +176,13 @@ def test_a_forward_that_breaks_off_leaves_no_thread_behind(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run(model, POLICIES["specontext"](offload=tmp_path))
     assert len(closed) == 1 and not closed[0]._fetches and closed[0]._thread._shutdown
+
+
+def test_no_thread_where_no_core_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(torch.get_num_threads()))
+    policy = Sessions(POLICIES["specontext"](offload=tmp_path))
+    run(tiny.model("llama"), policy, max_new_tokens=3)
+    assert policy.sessions[0].offloaded._thread is None
 
 
 @pytest.mark.parametrize("memory", [0, 10_000, 123_456, 10**7])

@@ -13,6 +13,7 @@ namespace branchwise {
 namespace {
 
 constexpr int32_t kFree = -1;
+constexpr size_t kAhead = 8;  // pages that are on their way while one is copied
 
 // A page whose copy may be stale at the next call: its slots can still change.
 int32_t scratch(int64_t page) { return static_cast<int32_t>(-2 - page); }
@@ -98,7 +99,6 @@ int32_t move_pages(const Fetch& f, const Side (&sides)[2], int64_t b, int64_t h,
   const int64_t at = b * f.Hkv + h;
   int32_t* table = f.table + at * f.table_pages;
   int32_t* owner = f.owners + at * f.slots;
-  f.collect(b, h, wanted);
   for (int64_t c = 0; c < f.slots; ++c) {
     if (owner[c] == kFree) continue;
     const int64_t page = owner[c] >= 0 ? owner[c] : -2 - owner[c];
@@ -111,23 +111,34 @@ int32_t move_pages(const Fetch& f, const Side (&sides)[2], int64_t b, int64_t h,
   }
   int32_t copied = 0;
   int64_t c = 0;
+  const auto source_of = [&](const Side& side, int64_t slot) {
+    return side.source + side.layout.offset(b, h, slot) * side.element_bytes;
+  };
   const auto copy = [&](int64_t page, int64_t end_slot) {
     while (owner[c] != kFree) ++c;
     table[page] = static_cast<int32_t>(at * f.slots + c);
     for (const Side& side : sides) {
       char* to = side.cache + table[page] * f.page_size * side.row_bytes;
       for (int64_t slot = page * f.page_size; slot < end_slot; ++slot, to += side.row_bytes)
-        std::memcpy(to, side.source + side.layout.offset(b, h, slot) * side.element_bytes,
-                    side.row_bytes);
+        std::memcpy(to, source_of(side, slot), side.row_bytes);
     }
     ++copied;
   };
+  std::vector<int32_t> load;
   for (size_t w = 0; w < wanted.bits.size(); ++w)
-    for (uint64_t rest = wanted.bits[w]; rest != 0; rest &= rest - 1) {
-      const int64_t page = static_cast<int64_t>(w * 64) + __builtin_ctzll(rest);
-      copy(page, (page + 1) * f.page_size);
-      owner[c] = static_cast<int32_t>(page);
-    }
+    for (uint64_t rest = wanted.bits[w]; rest != 0; rest &= rest - 1)
+      load.push_back(static_cast<int32_t>(w * 64 + __builtin_ctzll(rest)));
+  for (size_t i = 0; i < load.size(); ++i) {
+    // Pages of a token or two are over before the hardware has seen where it goes.
+    if (i + kAhead < load.size())
+      for (const Side& side : sides) {
+        const char* next = source_of(side, load[i + kAhead] * f.page_size);
+        for (int64_t line = 0; line < std::min<int64_t>(side.row_bytes, 512); line += 64)
+          __builtin_prefetch(next + line);
+      }
+    copy(load[i], (load[i] + 1) * f.page_size);
+    owner[c] = load[i];
+  }
   const int64_t end_slot = f.lens.at(b, h) + f.T;
   for (int64_t page = f.tail_begin(b, h); page < f.tail_end(b, h); ++page) {
     copy(page, std::min((page + 1) * f.page_size, end_slot));
@@ -215,10 +226,11 @@ std::tuple<Tensor, Tensor> fetch_slots(Tensor key_source, Tensor value_source,
   int32_t* copies = static_cast<int32_t*>(copied.mutable_data_ptr());
   const KvLayout key_layout = layout_of(key_source, source_table);
   const KvLayout value_layout = layout_of(value_source, source_table);
-  Wanted wanted;
+  std::vector<Wanted> all(f.B * f.Hkv);
   bool fits = true;
   for (int64_t b = 0; b < f.B; ++b)
     for (int64_t h = 0; h < f.Hkv; ++h) {
+      Wanted& wanted = all[b * f.Hkv + h];
       f.collect(b, h, wanted);
       const int64_t first = f.tail_begin(b, h), end = f.tail_end(b, h);
       BW_CHECK(end <= f.table_pages, op, ": page_table has ", f.table_pages,
@@ -239,7 +251,8 @@ std::tuple<Tensor, Tensor> fetch_slots(Tensor key_source, Tensor value_source,
       {static_cast<const char*>(value_source.const_data_ptr()), value_layout,
        static_cast<char*>(value_cache.mutable_data_ptr()), value_shape.D * bytes, bytes}};
   for (int64_t b = 0; b < f.B; ++b)
-    for (int64_t h = 0; h < f.Hkv; ++h) copies[b * f.Hkv + h] = move_pages(f, sides, b, h, wanted);
+    for (int64_t h = 0; h < f.Hkv; ++h)
+      copies[b * f.Hkv + h] = move_pages(f, sides, b, h, all[b * f.Hkv + h]);
   return {needed, copied};
 }
 

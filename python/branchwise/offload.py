@@ -148,7 +148,13 @@ class Offloaded:
                 self.caches[layer] = PageCache(self.page_size)
 
     def prefetch(self, call: LayerCall, lists: tuple[Tensor, Tensor], unit: int) -> None:
-        """Begins to fetch for this layer and those behind it, all with the same lists, while the caller goes on."""
+        """Begins to fetch for this layer and those behind it, all with the same lists, while the caller goes on.
+
+        Where the model's own threads take all cores, a thread more would slow them down by more than it saves, and
+        every layer fetches when its turn comes.
+        """
+        if torch.get_num_threads() >= len(os.sched_getaffinity(0)):
+            return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="branchwise-fetch")
         inference = torch.is_inference_mode_enabled()

@@ -54,8 +54,9 @@ class SpeContext:
     has at most ``budget`` tokens, and below ``min_length``.
 
     With ``offload``, layers lie in files and only what a step attends to is in memory, ``budget`` tokens per KV head
-    and the new ones (with trees, what any node attends to). Every step fetches what the last one did not have, on a
-    thread that is ahead of the layers. The text is the same, bit for bit.
+    and the new ones (with trees, what any node attends to). Every step fetches what the last one did not have; where
+    torch leaves a core free (``torch.set_num_threads``), on a thread that is ahead of the layers. The text is the same,
+    bit for bit.
 
     Args:
         head: a trained :class:`RetrievalHead`; None: a :class:`LayerHead` of the target.
