@@ -76,7 +76,7 @@ def main() -> None:
             )
             print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
         assert torch.equal(*texts), f"{name}: the texts differ"
-    print(facts.record("offload", facts.machine() | vars(args), rows))
+    print(facts.record("offload", facts.machine() | {"prompt": args.prompt, "new": args.new, "budget": args.budget}, rows))
 
 
 if __name__ == "__main__":
