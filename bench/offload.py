@@ -76,7 +76,8 @@ def main() -> None:
             )
             print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
         assert torch.equal(*texts), f"{name}: the texts differ"
-    print(facts.record("offload", facts.machine() | {"prompt": args.prompt, "new": args.new, "budget": args.budget}, rows))
+    options = {"prompt": args.prompt, "new": args.new, "budget": args.budget}
+    print(facts.record("offload", facts.machine() | options, rows))
 
 
 if __name__ == "__main__":
