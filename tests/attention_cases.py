@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from branchwise import ops
+from branchwise.attention import pack_mask
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,12 @@ class Case:
     softcap: float = 0.0
     scale: float | None = None
     large: float = field(default=1.0)  # factor on the query, for saturated softmax
+    blocks: bool = False  # nodes see some of those behind them, too, as those of a diffusion model's blocks do
 
     def __str__(self):
         name = f"B{self.B}-{self.Hq}/{self.Hkv}x{self.D}-T{self.T}-P{self.prefix}-{'tree' if self.tree else 'causal'}"
         options = {"before": self.before, "page": self.page_size, "win": self.window}
-        options |= {"sinks": self.sinks, "cap": self.softcap}
+        options |= {"sinks": self.sinks, "cap": self.softcap, "blocks": self.blocks}
         return name + "".join(f"-{key}{value}" for key, value in options.items() if value)
 
 
@@ -97,6 +99,11 @@ CASES = [
     Case(T=8, before=120, Hq=9, Hkv=3, page_size=16, sinks=True),
     Case(T=40, before=64, B=2, prefix=0),
     Case(T=200, before=300, Hq=4, Hkv=1, window=50, prefix=90),
+    # blocks: nodes that see each other both ways
+    *[Case(T=T, Hq=6, Hkv=2, B=2, prefix=70, blocks=True) for T in (1, 2, 5, 64, 65, 200)],
+    Case(T=8, Hq=2, Hkv=2, D=128, B=3, prefix=700, blocks=True, page_size=16),
+    Case(T=500, Hq=4, Hkv=1, B=2, prefix=0, blocks=True, sinks=True, softcap=5.0),
+    Case(T=30, before=50, Hq=4, Hkv=1, prefix=33, blocks=True),
     # few heads and a short row: smaller blocks
     Case(T=64, Hq=4, Hkv=1, D=256, prefix=128),
     Case(T=256, Hq=3, Hkv=1, prefix=0, tree=False),
@@ -122,6 +129,14 @@ def random_parents(B: int, T: int, generator: torch.Generator) -> torch.Tensor:
     return parents
 
 
+def block_mask(B: int, N: int, generator: torch.Generator) -> torch.Tensor:
+    """Every node sees itself and others at random; the last block of every other row sees all of itself."""
+    sees = torch.rand(B, N, N, generator=generator) < 0.4
+    sees |= torch.eye(N, dtype=torch.bool)
+    sees[::2, -(-N // 3) :, -(-N // 3) :] = True
+    return pack_mask(sees)
+
+
 def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
     g = torch.Generator().manual_seed(seed)
     B, Hq, Hkv, T, D = case.B, case.Hq, case.Hkv, case.T, case.D
@@ -139,6 +154,8 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
         shape = (B, Hkv, S + 3, D)
     key, value = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
     mask = ops.build_tree(random_parents(B, N, g), seq_lens)[0] if case.tree else None
+    if case.blocks:
+        mask = block_mask(B, N, g)
     options = {
         "page_table": page_table,
         "scale": case.scale,

@@ -17,33 +17,38 @@ namespace {
 
 constexpr int64_t kMinSplit = 4 * kKeyTile;  // slots: less is not worth a merge
 
-// The depth of every node, from its ancestor bits; also refuses masks that the kernel must not see.
-std::vector<int32_t> checked_depths(const char* op, const int64_t* mask, int64_t B, int64_t N,
-                                    int64_t W) {
-  std::vector<int32_t> depths(B * N);
+// The depth of every node, from its ancestor bits, and how many nodes it and those before it see:
+// reach[b, i] is one more than the highest bit of the rows up to i. Refuses masks that the kernel
+// must not see.
+void check_mask(const char* op, const int64_t* mask, int64_t B, int64_t N, int64_t W, bool window,
+                std::vector<int32_t>& depths, std::vector<int32_t>& reach) {
+  depths.resize(B * N);
+  reach.resize(B * N);
   for (int64_t i = 0; i < B * N; ++i) {
     const int64_t node = i % N;
     int32_t seen = 0;
+    int64_t end = 0;
     for (int64_t w = 0; w < W; ++w) {
       const uint64_t word = static_cast<uint64_t>(mask[i * W + w]);
-      const int64_t valid = std::clamp<int64_t>(node + 1 - w * 64, 0, 64);
-      const uint64_t allowed = valid == 64 ? ~uint64_t{0} : (uint64_t{1} << valid) - 1;
-      BW_CHECK((word & ~allowed) == 0, op, ": tree_mask[", i / N, ", ", node,
-               "] has a bit above its own node; a node sees only itself and nodes before it");
+      if (word != 0) end = w * 64 + 64 - __builtin_clzll(word);
       seen += __builtin_popcountll(word);
     }
+    BW_CHECK(end <= N, op, ": tree_mask[", i / N, ", ", node, "] has bit ", end - 1,
+             " set, and there are ", N, " nodes");
+    BW_CHECK(!window || end <= node + 1, op, ": tree_mask[", i / N, ", ", node,
+             "] has a bit above its own node, which goes with no window: depths are positions");
     BW_CHECK(static_cast<uint64_t>(mask[i * W + node / 64]) >> (node % 64) & 1, op, ": tree_mask[",
              i / N, ", ", node, "] lacks its own bit; a node must see itself");
     depths[i] = seen - 1;
+    reach[i] = static_cast<int32_t>(std::max<int64_t>(end, node == 0 ? 0 : reach[i - 1]));
   }
-  return depths;
 }
 
 }  // namespace
 
 AttentionCall check_attention(const char* op, const AttentionInputs& in) {
   const auto& [query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks,
-               softcap] = in;
+               softcap, window] = in;
   check_dim(op, "query", query, 4, "[B, Hq, T, D]");
   check_float_dtype(op, "query", query);
   check_last_contiguous(op, "query", query);
@@ -82,7 +87,7 @@ AttentionCall check_attention(const char* op, const AttentionInputs& in) {
     args.W = (N + 63) / 64;
     check_size(op, "tree_mask", *tree_mask, 2, args.W, "ceil(N / 64)");
     args.tree_mask = static_cast<const int64_t*>(tree_mask->const_data_ptr());
-    call.depths = checked_depths(op, args.tree_mask, B, N, args.W);
+    check_mask(op, args.tree_mask, B, N, args.W, window, call.depths, call.reach);
     args.depths = call.depths.data();
   }
   if (sinks) {
@@ -122,11 +127,11 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
   args.out = out.mutable_data_ptr();
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
 
-  // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot, and
-  // begin at its first one's window. The split size depends on the row's own length and the shapes
-  // only: about 64 units per row keep many threads busy, and a long prompt, with blocks enough, is
-  // not split at all. A row too short to be split is cut into smaller blocks where its heads alone
-  // would not keep threads busy.
+  // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot (one
+  // of a tree, at the last that it or an earlier node sees), and begin at its first one's window.
+  // The split size depends on the row's own length and the shapes only: about 64 units per row keep
+  // many threads busy, and a long prompt, with blocks enough, is not split at all. A row too short
+  // to be split is cut into smaller blocks where its heads alone would not keep threads busy.
   const int64_t G = Hq / Hkv;
   const int64_t large_block = per_token ? 1 : std::max<int64_t>(1, kMaxRowBlock / G);
   const int64_t quarter = (T * Hkv + 3) / 4, least = (3 * kRowPad + G - 1) / G;
@@ -137,7 +142,8 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
   int64_t floats = 0, slots_read = 0;
   const auto cut = [&](int64_t b, int64_t h, int64_t t, int64_t end_token, const Places& p,
                        int64_t lanes_of_work) {
-    const int64_t slots = p.prefix + N - T + end_token;
+    const int64_t last = N - T + end_token;  // nodes up to the block's end
+    const int64_t slots = p.prefix + (args.tree_mask ? call.reach[b * N + last - 1] : last);
     // Only where places are slots does a window cut off the front of them.
     const bool skips = p.window > 0 && p.kept == 0 && p.sink == p.prefix;
     const int64_t low = skips ? p.prefix + (args.tree_mask ? 0 : t) - p.window + 1 : 0;

@@ -17,6 +17,7 @@ struct AttentionInputs {
   std::optional<double> scale;
   std::optional<Tensor> sinks;
   double softcap;
+  bool window;  // positions matter
 };
 
 // A checked call, all but for what each row attends to.
@@ -25,7 +26,7 @@ struct AttentionCall {
   CacheShape shape;
   RowLens lens;
   int64_t B;
-  std::vector<int32_t> depths;
+  std::vector<int32_t> depths, reach;  // of every node, with a tree mask
   bool empty() const { return B * args.T == 0; }
 };
 

@@ -225,8 +225,8 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
                                           std::optional<Tensor> sinks, double softcap) {
   const char* op = "tree_attention";
   BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
-  AttentionCall call = check_attention(
-      op, {query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks, softcap});
+  AttentionCall call = check_attention(op, {query, key_cache, value_cache, seq_lens, tree_mask,
+                                            page_table, scale, sinks, softcap, window > 0});
   BW_CHECK(window == 0 || call.lens.head_stride == 0, op,
            ": window must be 0 where seq_lens differ between heads, as slots are no positions then,"
            " got ",
@@ -248,8 +248,9 @@ std::tuple<Tensor, Tensor> sparse_attention(
     std::optional<Tensor> page_table, std::optional<double> scale, std::optional<Tensor> sinks,
     double softcap) {
   const char* op = "sparse_attention";
-  AttentionCall call = check_attention(
-      op, {query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks, softcap});
+  AttentionCall call =
+      check_attention(op, {query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale,
+                           sinks, softcap, recent_sizes.has_value()});
   BW_CHECK(indices || sink_sizes, op, ": indices or sink_sizes must be given");
   const Ranges ranges = check_ranges(op, call, sink_sizes, recent_sizes);
   Expanded expanded;

@@ -25,7 +25,8 @@ def tree_attention(
 
     Row b has P = ``seq_lens[b]`` committed tokens in slots 0..P-1; its new token i is in slot P+i. Every new
     token sees the whole prefix, and of the new tokens those whose bit is set in its mask row: bit j of word
-    j//64 for node j. A node must see itself, and may see only nodes before it. ``tree_mask=None`` means causal.
+    j//64 for node j. A node must see itself; in a tree, and with a window, it sees only nodes before it, in the blocks
+    of a diffusion model also nodes behind. ``tree_mask=None`` means causal.
 
     For a tree that grows level by level, the mask may have rows for N >= T nodes: those before the last T are in the
     cache from earlier appends, in slots P to P+N-T-1, and the T new tokens follow.
