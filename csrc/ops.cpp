@@ -99,6 +99,19 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "Tensor counts, int unit, Tensor seq_lens, int new_tokens, Tensor(a!) key_cache, Tensor(b!) "
       "value_cache, Tensor(c!) page_table, Tensor(d!) owners) -> (Tensor, Tensor)");
 
+  // Masked diffusion
+  m.def(
+      "confidence(Tensor logits, Tensor? exclude=None, float temperature=0., Tensor? keys=None, "
+      "int "
+      "score=0) -> (Tensor, Tensor)");
+  m.def(
+      "draft_blocks(Tensor window, Tensor tokens, Tensor scores, Tensor origins, Tensor counts, "
+      "int "
+      "mask_id, int block_size, int rule=0, float level=0.) -> (Tensor, Tensor)");
+  m.def(
+      "verify_blocks(Tensor drafts, Tensor num_drafts, Tensor tokens, Tensor scores, Tensor "
+      "origins, Tensor counts, int mask_id, int block_size, int rule=0, float level=0.) -> Tensor");
+
   // CPU instruction set: level in use and best level of this machine; request >= 0 changes the
   // level.
   m.def("cpu_isa(int request=-1) -> (int, int)");

@@ -6,6 +6,7 @@ reference that the tests use as oracle.
 
 from ._load import CUDA_LOADED, ISA_LEVELS, LIBRARY_DIR, cpu_isa, set_cpu_isa
 from .attention import merge_attention, tree_attention
+from .diffusion import confidence, draft_blocks, verify_blocks
 from .draft import top_tokens
 from .fetch import fetch_slots
 from .kv import append_kv, commit_kv, evict_kv, rerotate_keys
@@ -33,7 +34,9 @@ __all__ = [
     "attention_mass",
     "build_tree",
     "commit_kv",
+    "confidence",
     "cpu_isa",
+    "draft_blocks",
     "evict_kv",
     "fetch_slots",
     "merge_attention",
@@ -48,6 +51,7 @@ __all__ = [
     "top_tokens",
     "tree_attention",
     "verify_block",
+    "verify_blocks",
     "verify_chain",
     "verify_greedy",
     "verify_multi_draft",
