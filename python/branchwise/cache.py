@@ -181,6 +181,17 @@ class KVStore(Cache):
             layer.select_rows(rows)
         self.set_lengths(self.seq_lens[index])
 
+    def copy_rows(self, rows: list[int]) -> KVStore:
+        """Another store with these rows, each as often as it is named; of contiguous layers."""
+        index = torch.tensor(rows)
+        other = KVStore(len(rows), self.capacity)
+        for i, layer in enumerate(self._contiguous()):
+            copy = other.layer(i)
+            copy.keys, copy.values = layer.keys[index], layer.values[index]
+            copy.is_initialized = True
+        other.set_lengths(self.seq_lens[index])
+        return other
+
     def row(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values [Hkv, P, D] of one row, as views; of a layer without evicted tokens."""
         P = int(self.seq_lens[row])

@@ -72,6 +72,13 @@ class Noise:
         nodes = torch.zeros_like(positions)
         return ops.node_uniforms(self._keys, self._rows, positions.contiguous(), nodes, Purpose.TARGET)
 
+    def position_keys(self, row: int, positions: Tensor) -> Tensor:
+        """For draws from whole vocabularies: i64[n] from i64[n] positions of the text without padding; rows are counted
+        as they were at first."""
+        # Odd factors: distinct keys for distinct positions.
+        key, number = int(self._keys[row]), int(self._rows[row])
+        return positions * -7046029254386353131 + (key ^ (number * 0x2545F4914F6CDD1D & (2**63 - 1)))
+
     def at_nodes(self, lengths: Tensor, count: int, purpose: Purpose) -> Tensor:
         """For one round: f32[B, count, 2], given the i64[B] lengths of the texts, which no two rounds share."""
         rounds = lengths[:, None].expand(-1, count).contiguous()

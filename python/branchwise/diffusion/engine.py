@@ -1,0 +1,228 @@
+"""Forwards of a diffusion model over the states that rows want predictions for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import ops
+from ..attention import pack_mask
+from ..cache import KVStore
+from ..forward import StoredModel
+from .canvas import Kind, Window
+from .model import block_pattern
+from .spec import DiffusionSpec
+
+_CHUNK = 2048  # prompt tokens per forward
+Processor = Callable[[Tensor, Tensor], Tensor]
+Keys = Callable[[int, Tensor], Tensor]  # noise of a row's positions, i64[n]
+Predictions = tuple[Tensor, Tensor]  # tokens i64[k, W] and scores f32[k, W]
+
+
+class Sampler:
+    """From logits to tokens and scores.
+
+    Args:
+        spec: of the model.
+        score: see :func:`branchwise.ops.confidence`.
+        temperature: 0 for the likeliest token.
+        keys: noise of a row's positions.
+        processors: that look at the scores alone.
+    """
+
+    def __init__(
+        self, spec: DiffusionSpec, score: str, temperature: float, keys: Keys, processors: Sequence[Processor]
+    ) -> None:
+        self.spec, self.score, self.temperature = spec, score, temperature
+        self._keys, self._processors = keys, processors
+        self._exclude = torch.tensor(spec.never_said)
+
+    def read(self, row: int, window: Window, logits: Tensor, states: Tensor, at: Tensor) -> Predictions:
+        """Predictions of one row.
+
+        Args:
+            logits: [n, V] of the masks that are wanted.
+            states, at: i64[n] of each, its state and its place in the window.
+        """
+        k, W = window.states.shape
+        tokens, scores = torch.zeros(k, W, dtype=torch.int64), torch.full((k, W), -torch.inf)
+        if len(at) == 0:
+            return tokens, scores
+        if self._processors:
+            logits = logits.float().index_fill(1, self._exclude, -torch.inf)
+            for processor in self._processors:
+                logits = processor(at[:, None], logits)
+        keys = self._keys(row, at + window.start) if self.temperature else None
+        found, sure = ops.confidence(logits.contiguous(), self._exclude, self.temperature, keys, self.score)
+        if bool((found < 0).any()):
+            place = int(at[found < 0][0]) + window.start
+            raise RuntimeError(f"the model's logits at position {place} of row {row} are NaN, infinite or all -inf")
+        tokens[states, at], scores[states, at] = found, sure
+        return tokens, scores
+
+
+def wanted_masks(window: Window, mask_id: int) -> tuple[Tensor, Tensor]:
+    """State and place of every mask whose prediction is wanted."""
+    return torch.nonzero((window.states == mask_id) & window.wanted, as_tuple=True)
+
+
+class Engine(Protocol):
+    forwards: int
+
+    def prefill(self, prompts: Sequence[Tensor], block: int) -> None:
+        """Keeps the keys of prompts, i64[n_b] each, whole blocks of a block-causal model."""
+        ...
+
+    def ask(self, rows: Sequence[int], windows: Sequence[Window], sampler: Sampler) -> list[Predictions]:
+        """One forward, if the engine can; ``rows`` are the rows' numbers in the batch."""
+        ...
+
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        """Keeps the keys of some of the last forward's nodes, per row."""
+        ...
+
+    def select_rows(self, rows: list[int]) -> None: ...
+
+
+class TreeEngine:
+    """All states of all rows in one forward: states are branches of a tree mask over the keys that a row shares."""
+
+    def __init__(self, model: PreTrainedModel, spec: DiffusionSpec, batch_size: int, capacity: int) -> None:
+        self.store = KVStore(batch_size, capacity)
+        self.spec, self._target = spec, StoredModel(model, self.store)
+
+    @property
+    def forwards(self) -> int:
+        return self._target.forwards
+
+    def prefill(self, prompts: Sequence[Tensor], block: int) -> None:
+        longest = max(len(prompt) for prompt in prompts)
+        tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
+        step = max(_CHUNK // block, 1) * block
+        for begin in range(0, longest, step):
+            chunk = tokens[:, begin : begin + step]
+            B, n = chunk.shape
+            sees = block_pattern(n, block).expand(B, -1, -1)
+            positions = self.store.seq_lens[:, None] + torch.arange(n)
+            self._target.forward(chunk, positions, pack_mask(sees), wanted=[0])
+            self.store.advance((lengths - begin).clamp(0, n))
+
+    def ask(self, rows: Sequence[int], windows: Sequence[Window], sampler: Sampler) -> list[Predictions]:
+        self._hold([window.held for window in windows])
+        sizes = [window.states.numel() for window in windows]
+        T = max(sizes)
+        tokens = torch.full((len(windows), T), self.spec.mask_id)
+        positions = torch.zeros(len(windows), T, dtype=torch.int64)
+        sees = torch.eye(T, dtype=torch.bool).repeat(len(windows), 1, 1)
+        for b, window in enumerate(windows):
+            k, W = window.states.shape
+            tokens[b, : k * W] = window.states.flatten()
+            positions[b, : k * W] = torch.arange(W).repeat(k) + window.start
+            for j in range(k):
+                sees[b, j * W : (j + 1) * W, j * W : (j + 1) * W] = window.sees
+        masks = [wanted_masks(window, self.spec.mask_id) for window in windows]
+        nodes = [
+            states * w.states.shape[1] + at - self.spec.shift for w, (states, at) in zip(windows, masks, strict=True)
+        ]
+        wanted = sorted(set(torch.cat(nodes).tolist())) or [0]
+        logits = self._target.forward(tokens, positions, pack_mask(sees), wanted=wanted)
+        place = torch.zeros(T, dtype=torch.int64)
+        place[wanted] = torch.arange(len(wanted))
+        return [
+            sampler.read(rows[b], window, logits[b, place[nodes[b]]], *masks[b]) for b, window in enumerate(windows)
+        ]
+
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        count = torch.tensor([len(row) for row in nodes], dtype=torch.int32)
+        accepted = torch.zeros(len(nodes), max(int(count.max()), 1), dtype=torch.int32)
+        for b, row in enumerate(nodes):
+            accepted[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        self.store.commit(accepted, count)
+
+    def select_rows(self, rows: list[int]) -> None:
+        self.store.select_rows(rows)
+
+    def _hold(self, held: Sequence[int]) -> None:
+        """What rows build on: nothing, where the whole text is seen anew."""
+        lengths = torch.tensor(held, dtype=torch.int32)
+        if not torch.equal(lengths, self.store.seq_lens):
+            self.store.set_lengths(lengths)
+
+
+class CopyEngine(TreeEngine):
+    """Every state a row of a batch, over a copy of the keys it builds on: what :class:`TreeEngine` must equal."""
+
+    def ask(self, rows: Sequence[int], windows: Sequence[Window], sampler: Sampler) -> list[Predictions]:
+        self._hold([window.held for window in windows])
+        owners = [b for b, window in enumerate(windows) for _ in window.states]
+        W = max(window.states.shape[1] for window in windows)
+        self._copies = self.store.copy_rows(owners)
+        self._firsts = [owners.index(b) for b in range(len(windows))]
+        self._widths = [window.states.shape[1] for window in windows]
+        tokens = torch.full((len(owners), W), self.spec.mask_id)
+        positions = torch.zeros(len(owners), W, dtype=torch.int64)
+        sees = torch.eye(W, dtype=torch.bool).repeat(len(owners), 1, 1)
+        for i, b in enumerate(owners):
+            window, n = windows[b], windows[b].states.shape[1]
+            tokens[i, :n] = window.states[i - self._firsts[b]]
+            positions[i, :n] = torch.arange(n) + window.start
+            sees[i, :n, :n] = window.sees
+        model = StoredModel(self._target.model, self._copies)
+        logits = model.forward(tokens, positions, pack_mask(sees))
+        self._target.forwards += 1
+        found = []
+        for b, window in enumerate(windows):
+            states, at = wanted_masks(window, self.spec.mask_id)
+            found.append(
+                sampler.read(rows[b], window, logits[self._firsts[b] + states, at - self.spec.shift], states, at)
+            )
+        return found
+
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        count = torch.tensor([len(row) for row in nodes], dtype=torch.int32)
+        self.store.reserve(int(count.max()))
+        for b, row in enumerate(nodes):
+            if not row:
+                continue
+            W, begin = self._widths[b], int(self.store.seq_lens[b])
+            source, at = self._firsts[b] + row[0] // W, torch.tensor(row) % W
+            for layer, (mine, theirs) in enumerate(zip(self.store.layers, self._copies.layers, strict=False)):
+                del layer
+                for to, of in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                    to[b, :, begin : begin + len(row)] = of[source, :, begin + at]
+        self.store.advance(count)
+
+
+class PlainEngine:
+    """Whole texts through the model's own forward, whatever its code is; one row at a time and no cache."""
+
+    def __init__(self, model: PreTrainedModel, spec: DiffusionSpec) -> None:
+        self.model, self.spec, self.forwards = model, spec, 0
+
+    def prefill(self, prompts: Sequence[Tensor], block: int) -> None:
+        raise ValueError(f"{type(self.model).__name__} runs its own attention: cache must be 'none'")
+
+    def ask(self, rows: Sequence[int], windows: Sequence[Window], sampler: Sampler) -> list[Predictions]:
+        found = []
+        for row, window in zip(rows, windows, strict=True):
+            assert window.kind is not Kind.REFRESH
+            options = {}
+            if self.spec.attention == "block_causal":
+                k = len(window.states)
+                options["attention_mask"] = window.sees.expand(k, 1, -1, -1).to(self.model.device)
+            logits = self.model(input_ids=window.states.to(self.model.device), **options).logits.cpu()
+            states, at = wanted_masks(window, self.spec.mask_id)
+            found.append(sampler.read(row, window, logits[states, at - self.spec.shift], states, at))
+        self.forwards += 1
+        return found
+
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        pass
+
+    def select_rows(self, rows: list[int]) -> None:
+        pass
