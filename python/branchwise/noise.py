@@ -72,6 +72,10 @@ class Noise:
         nodes = torch.zeros_like(positions)
         return ops.node_uniforms(self._keys, self._rows, positions.contiguous(), nodes, Purpose.TARGET)
 
+    def uniforms(self, rounds: Tensor, nodes: Tensor, purpose: Purpose) -> Tensor:
+        """f32[B, N, 2] for any pair of numbers i64[B, N]."""
+        return ops.node_uniforms(self._keys, self._rows, rounds.contiguous(), nodes.contiguous(), purpose)
+
     def position_keys(self, row: int, positions: Tensor) -> Tensor:
         """For draws from whole vocabularies: i64[n] from i64[n] positions of the text without padding; rows are counted
         as they were at first."""

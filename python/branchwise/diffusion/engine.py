@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ _CHUNK = 2048  # prompt tokens per forward
 Processor = Callable[[Tensor, Tensor], Tensor]
 Keys = Callable[[int, Tensor], Tensor]  # noise of a row's positions, i64[n]
 Predictions = tuple[Tensor, Tensor]  # tokens i64[k, W] and scores f32[k, W]
+Found = TypeVar("Found", covariant=True)
+
+
+class Reader(Protocol[Found]):
+    """What is made of a row's logits."""
+
+    def read(self, row: int, window: Window, logits: Tensor, states: Tensor, at: Tensor) -> Found:
+        """Of one row.
+
+        Args:
+            logits: [n, V] of the masks that are wanted.
+            states, at: i64[n] of each, its state and its place in the window.
+        """
+        ...
 
 
 class Sampler:
@@ -42,22 +56,21 @@ class Sampler:
         self._exclude = torch.tensor(spec.never_said)
 
     def read(self, row: int, window: Window, logits: Tensor, states: Tensor, at: Tensor) -> Predictions:
-        """Predictions of one row.
-
-        Args:
-            logits: [n, V] of the masks that are wanted.
-            states, at: i64[n] of each, its state and its place in the window.
-        """
+        """Tokens and scores of the masks; -inf where none is wanted."""
         k, W = window.states.shape
         tokens, scores = torch.zeros(k, W, dtype=torch.int64), torch.full((k, W), -torch.inf)
         if len(at) == 0:
             return tokens, scores
-        if self._processors:
-            logits = logits.float().index_fill(1, self._exclude, -torch.inf)
-            for processor in self._processors:
-                logits = processor(at[:, None], logits)
         keys = self._keys(row, at + window.start) if self.temperature else None
         found, sure = ops.confidence(logits.contiguous(), self._exclude, self.temperature, keys, self.score)
+        if self._processors:
+            # Scores stay those of the logits as they are: what a filter leaves over is no measure of being sure.
+            raw = processed = logits.float().index_fill(1, self._exclude, -torch.inf)
+            for processor in self._processors:
+                processed = processor(at[:, None], processed)
+            found, _ = ops.confidence(processed.contiguous(), self._exclude, self.temperature, keys)
+            if self.score == "probability":
+                sure = raw.softmax(-1).gather(1, found.clamp(min=0)[:, None])[:, 0]
         if bool((found < 0).any()):
             place = int(at[found < 0][0]) + window.start
             raise RuntimeError(f"the model's logits at position {place} of row {row} are NaN, infinite or all -inf")
@@ -67,17 +80,19 @@ class Sampler:
 
 def wanted_masks(window: Window, mask_id: int) -> tuple[Tensor, Tensor]:
     """State and place of every mask whose prediction is wanted."""
-    return torch.nonzero((window.states == mask_id) & window.wanted, as_tuple=True)
+    states, at = torch.nonzero((window.states == mask_id) & window.wanted, as_tuple=True)
+    return states, at
 
 
 class Engine(Protocol):
-    forwards: int
+    @property
+    def forwards(self) -> int: ...
 
     def prefill(self, prompts: Sequence[Tensor], block: int) -> None:
         """Keeps the keys of prompts, i64[n_b] each, whole blocks of a block-causal model."""
         ...
 
-    def ask(self, rows: Sequence[int], windows: Sequence[Window], sampler: Sampler) -> list[Predictions]:
+    def ask(self, rows: Sequence[int], windows: Sequence[Window], reader: Reader[Found]) -> list[Found]:
         """One forward, if the engine can; ``rows`` are the rows' numbers in the batch."""
         ...
 
@@ -112,7 +127,7 @@ class TreeEngine:
             self._target.forward(chunk, positions, pack_mask(sees), wanted=[0])
             self.store.advance((lengths - begin).clamp(0, n))
 
-    def ask(self, rows: Sequence[int], windows: Sequence[Window], sampler: Sampler) -> list[Predictions]:
+    def ask(self, rows: Sequence[int], windows: Sequence[Window], reader: Reader[Found]) -> list[Found]:
         self._hold([window.held for window in windows])
         sizes = [window.states.numel() for window in windows]
         T = max(sizes)
@@ -133,9 +148,7 @@ class TreeEngine:
         logits = self._target.forward(tokens, positions, pack_mask(sees), wanted=wanted)
         place = torch.zeros(T, dtype=torch.int64)
         place[wanted] = torch.arange(len(wanted))
-        return [
-            sampler.read(rows[b], window, logits[b, place[nodes[b]]], *masks[b]) for b, window in enumerate(windows)
-        ]
+        return [reader.read(rows[b], window, logits[b, place[nodes[b]]], *masks[b]) for b, window in enumerate(windows)]
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
         count = torch.tensor([len(row) for row in nodes], dtype=torch.int32)
@@ -157,7 +170,7 @@ class TreeEngine:
 class CopyEngine(TreeEngine):
     """Every state a row of a batch, over a copy of the keys it builds on: what :class:`TreeEngine` must equal."""
 
-    def ask(self, rows: Sequence[int], windows: Sequence[Window], sampler: Sampler) -> list[Predictions]:
+    def ask(self, rows: Sequence[int], windows: Sequence[Window], reader: Reader[Found]) -> list[Found]:
         self._hold([window.held for window in windows])
         owners = [b for b, window in enumerate(windows) for _ in window.states]
         W = max(window.states.shape[1] for window in windows)
@@ -179,20 +192,24 @@ class CopyEngine(TreeEngine):
         for b, window in enumerate(windows):
             states, at = wanted_masks(window, self.spec.mask_id)
             found.append(
-                sampler.read(rows[b], window, logits[self._firsts[b] + states, at - self.spec.shift], states, at)
+                reader.read(rows[b], window, logits[self._firsts[b] + states, at - self.spec.shift], states, at)
             )
         return found
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
         count = torch.tensor([len(row) for row in nodes], dtype=torch.int32)
+        for i, theirs in enumerate(self._copies.layers):
+            mine = self.store.layer(i)
+            if not mine.is_initialized:
+                first = [0] * len(nodes)
+                mine.lazy_initialization(theirs.keys[first], theirs.values[first])
         self.store.reserve(int(count.max()))
         for b, row in enumerate(nodes):
             if not row:
                 continue
             W, begin = self._widths[b], int(self.store.seq_lens[b])
             source, at = self._firsts[b] + row[0] // W, torch.tensor(row) % W
-            for layer, (mine, theirs) in enumerate(zip(self.store.layers, self._copies.layers, strict=False)):
-                del layer
+            for mine, theirs in zip(self.store.layers, self._copies.layers, strict=True):
                 for to, of in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                     to[b, :, begin : begin + len(row)] = of[source, :, begin + at]
         self.store.advance(count)
@@ -207,7 +224,7 @@ class PlainEngine:
     def prefill(self, prompts: Sequence[Tensor], block: int) -> None:
         raise ValueError(f"{type(self.model).__name__} runs its own attention: cache must be 'none'")
 
-    def ask(self, rows: Sequence[int], windows: Sequence[Window], sampler: Sampler) -> list[Predictions]:
+    def ask(self, rows: Sequence[int], windows: Sequence[Window], reader: Reader[Found]) -> list[Found]:
         found = []
         for row, window in zip(rows, windows, strict=True):
             assert window.kind is not Kind.REFRESH
@@ -217,7 +234,7 @@ class PlainEngine:
                 options["attention_mask"] = window.sees.expand(k, 1, -1, -1).to(self.model.device)
             logits = self.model(input_ids=window.states.to(self.model.device), **options).logits.cpu()
             states, at = wanted_masks(window, self.spec.mask_id)
-            found.append(sampler.read(row, window, logits[states, at - self.spec.shift], states, at))
+            found.append(reader.read(row, window, logits[states, at - self.spec.shift], states, at))
         self.forwards += 1
         return found
 
