@@ -47,6 +47,18 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
         globals()[name] = value
         return value
-    if name in ("ops", "drafters", "acceptance", "attention", "cache", "decoding", "kv", "noise", "target", "tree"):
+    if name in (
+        "ops",
+        "drafters",
+        "acceptance",
+        "attention",
+        "cache",
+        "decoding",
+        "diffusion",
+        "kv",
+        "noise",
+        "target",
+        "tree",
+    ):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'branchwise' has no attribute {name!r}")

@@ -20,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="plain generate and branchwise side by side on SmolLM2-135M")
     demo.add_argument("--dtype", choices=DTYPES, default="float32")
     demo.add_argument("--max-new-tokens", type=int, default=96)
+    demo.add_argument("--diffusion", action="store_true", help="a small masked-diffusion model instead: FreeDave")
+    demo.add_argument("--model", help="with --diffusion: folder of a model of examples/train_diffusion.py")
     demo.add_argument("--no-live", action="store_true", help="print finished texts instead of streaming them")
 
     generate = commands.add_parser("generate", help="decode a prompt with a local model")
@@ -75,12 +77,22 @@ def _info(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     import torch
 
+    live = not options.no_live and sys.stdout.isatty()
+    if options.model and not options.diffusion:
+        print("branchwise demo: --model goes with --diffusion", file=sys.stderr)
+        return 1
     try:
-        from .demo import run_demo
+        if options.diffusion:
+            from .demo_diffusion import run_diffusion_demo
 
-        run_demo(
-            options.max_new_tokens, getattr(torch, options.dtype), live=not options.no_live and sys.stdout.isatty()
-        )
+            run_diffusion_demo(options.model, options.max_new_tokens, live)
+        else:
+            from .demo import run_demo
+
+            run_demo(options.max_new_tokens, getattr(torch, options.dtype), live)
+    except FileNotFoundError as error:
+        print(f"branchwise demo: {error}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         print(f"branchwise demo: {error}; pip install 'branchwise[demo]'", file=sys.stderr)
         return 1

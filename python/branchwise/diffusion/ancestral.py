@@ -159,7 +159,7 @@ class Chain:
             self.row_forwards += len(self.texts)
             self._changed = False
 
-    def read(self, row: int, window: Window, logits: Tensor, states: Tensor, at: Tensor) -> Tensor:
+    def read(self, row: int, window: Window, logits: Tensor) -> Tensor:
         return logits
 
     def draw(self, row: int, logits: Tensor, at: Tensor, step: int, candidate: int = 0, greedy: bool = False) -> Tensor:
@@ -183,9 +183,12 @@ class Chain:
             self._changed = True
 
     def _window(self, text: Tensor) -> Window:
+        # Beyond the first block with masks, too: the whole text as one state with nodes of its own.
         n = len(text)
-        sees = block_pattern(n, self.spec.block_size or n)
-        return Window(Kind.VERIFY, text[None], 0, sees, torch.ones(n, dtype=torch.bool), 0)
+        window = Window.of(Kind.LOOK, text[None], 0, 0, self.spec.mask_id, 0, n, 0)
+        window.block = self.spec.block_size
+        window.sees = block_pattern(n, window.block or n)
+        return window
 
 
 class Reward(Protocol):

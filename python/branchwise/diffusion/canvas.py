@@ -47,20 +47,93 @@ class Kind(Enum):
 class Window:
     """What a row wants to know: predictions at the masks of some states of one stretch of its text.
 
+    A node is a token of a state in a forward. States of a full model have nodes of their own. Those of a block-causal
+    one form a tree of blocks: what is alike up to a block's end is there once, and of a state only what lies up to its
+    first block with masks, as that is all that its next step depends on; the last state is there as a whole.
+
     Attributes:
         states: i64[k, W].
-        start: position of its first token.
-        sees: bool[W, W], within a state.
-        wanted: bool[W], positions whose predictions matter.
+        start: position of the first token.
+        block: tokens that see each other, 0 for all.
+        nodes: i64[k, W], which node a token is; -1: none.
+        sees: bool[n, n], of the nodes.
+        wanted: bool[n], masks whose predictions matter.
+        tokens, positions: i64[n].
         held: slots of the row's store that it builds on.
     """
 
     kind: Kind
     states: Tensor
     start: int
+    block: int
+    nodes: Tensor
     sees: Tensor
     wanted: Tensor
+    tokens: Tensor
+    positions: Tensor
     held: int
+
+    @classmethod
+    def of(
+        cls, kind: Kind, states: Tensor, start: int, block: int, mask_id: int, current: int, limit: int, held: int
+    ) -> Window:
+        """``current``, ``limit``: positions between which masks are wanted; all states are alike before ``current``,
+        where a block begins."""
+        nodes, sees = _tree_of_blocks(states, current - start, block, mask_id) if block else _side_by_side(states)
+        n, W = len(sees), states.shape[1]
+        there = nodes >= 0
+        tokens, positions = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+        tokens[nodes[there]] = states[there]
+        positions[nodes[there]] = (torch.arange(W) + start).expand_as(nodes)[there]
+        wanted = (tokens == mask_id) & (positions >= current) & (positions < limit)
+        return cls(kind, states, start, block, nodes, sees, wanted, tokens, positions, held)
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Of every node, a state that it belongs to and its place there, i64[n] each."""
+        state, at = torch.zeros_like(self.tokens), torch.zeros_like(self.tokens)
+        for i in reversed(range(len(self.states))):
+            there = torch.nonzero(self.nodes[i] >= 0).flatten()
+            state[self.nodes[i, there]], at[self.nodes[i, there]] = i, there
+        return state, at
+
+
+def _side_by_side(states: Tensor) -> tuple[Tensor, Tensor]:
+    k, W = states.shape
+    sees = torch.zeros(k * W, k * W, dtype=torch.bool)
+    for i in range(k):
+        sees[i * W : (i + 1) * W, i * W : (i + 1) * W] = True
+    return torch.arange(k * W).view(k, W), sees
+
+
+def _tree_of_blocks(states: Tensor, base: int, block: int, mask_id: int) -> tuple[Tensor, Tensor]:
+    """``base``: tokens that all states share, whole blocks."""
+    k, W = states.shape
+    nodes = torch.full((k, W), -1)
+    nodes[:, :base] = torch.arange(base)
+    known: dict[tuple[int, bytes], int] = {}
+    paths: list[list[int]] = []  # of every group of nodes, the first nodes of those before it and its own
+    for i, state in enumerate(states.numpy()):
+        masked = (state == mask_id).nonzero()[0]
+        # The last state looks ahead, for guesses about blocks behind its own.
+        last = int(masked[0]) // block if len(masked) and i < k - 1 else W // block - 1
+        path: list[int] = []
+        for begin in range(base, (last + 1) * block, block):
+            key = (begin, state[base : begin + block].tobytes())
+            if key not in known:
+                known[key] = base + len(paths) * block
+                paths.append([*path, known[key]])
+            path.append(known[key])
+            nodes[i, begin : begin + block] = torch.arange(block) + known[key]
+    n = base + len(paths) * block
+    sees = torch.zeros(n, n, dtype=torch.bool)
+    sees[:base, :base] = block_pattern(base, block)
+    for path in paths:
+        own = slice(path[-1], path[-1] + block)
+        sees[own, :base] = True
+        for first in path:
+            sees[own, first : first + block] = True
+    return nodes, sees
 
 
 class Canvas:
@@ -156,39 +229,45 @@ class Canvas:
             kind = Kind.VERIFY if int(num) else Kind.LOOK
             states = drafts[0, : int(num)] if int(num) else self.tokens[None, here]
             self._drafts, self._num = drafts[:, : max(int(num), 1)], num
-        W = end - self._start
-        # Windows of block-causal texts begin where a block does.
-        sees = block_pattern(W, W if spec.attention == "full" else layout.block)
-        wanted = torch.zeros(W, dtype=torch.bool)
-        wanted[max(current - self._start, 0) : limit - self._start] = True
         held = 0 if kind is Kind.REFRESH else self.held or len(self.kept)
-        return Window(kind, states, self._start, sees, wanted, held)
+        return Window.of(kind, states, self._start, spec.block_size, spec.mask_id, current, limit, held)
 
-    def take(self, window: Window, tokens: Tensor, scores: Tensor) -> list[int]:
-        """Learns the predictions i64[k, W] and f32[k, W], and goes as far as they prove.
+    def take(self, window: Window, found: Tensor, sure: Tensor) -> list[int]:
+        """Learns the predictions of the window's nodes, i64[n] and f32[n], and goes as far as they prove.
 
         Returns:
-            The nodes of the forward, state after state, whose keys the store is to keep.
+            The nodes whose keys the store is to keep.
         """
         layout, W = self.layout, window.states.shape[1]
+        there = window.nodes >= 0
+        tokens = found[window.nodes.clamp(min=0)]
+        scores = torch.where(there, sure[window.nodes.clamp(min=0)], -torch.inf)
         here = slice(window.start, window.start + W)
         best, keep = 0, []
         if window.kind is Kind.VERIFY:
             best = int(self._verify(tokens, scores))
             self.tokens[here] = window.states[best]
             self.taken += best + 1
-        self.predicted[here], self.scores[here] = tokens[best], scores[best]
+        self._learn(here, tokens, scores, there, best)
         if window.kind is Kind.REFRESH:
             self._stale = False
             start, end = self._span(self._current())
             self.kept = keep = [*range(start), *range(end, self.size)]
         elif layout.cache == "block":
             clean = (self.tokens[here] != layout.spec.mask_id).view(-1, layout.block).all(1)
-            blocks = int(clean.int().cumprod(0).sum())
-            keep = [best * W + i for i in range(blocks * layout.block)]
+            done = int(clean.int().cumprod(0).sum()) * layout.block
+            keep = window.nodes[best, :done].tolist()
             self.held += len(keep)
         self._finish_block()
         return keep
+
+    def _learn(self, here: slice, tokens: Tensor, scores: Tensor, there: Tensor, best: int) -> None:
+        """Predictions at the state that was reached; where it has no nodes, the latest guess of another state, which is
+        good enough for drafts that lie behind the first step."""
+        for i in (*range(best + 1, len(there)), best):
+            new = there[i] & ((scores[i] > -torch.inf) | (i == best))
+            self.predicted[here] = torch.where(new, tokens[i], self.predicted[here])
+            self.scores[here] = torch.where(new, scores[i], self.scores[here])
 
     def _finish_block(self) -> None:
         """Takes the next step, which is proven, where nothing has to be seen after it."""

@@ -20,20 +20,15 @@ from .spec import DiffusionSpec
 _CHUNK = 2048  # prompt tokens per forward
 Processor = Callable[[Tensor, Tensor], Tensor]
 Keys = Callable[[int, Tensor], Tensor]  # noise of a row's positions, i64[n]
-Predictions = tuple[Tensor, Tensor]  # tokens i64[k, W] and scores f32[k, W]
+Predictions = tuple[Tensor, Tensor]  # tokens i64[n] and scores f32[n] of a window's nodes
 Found = TypeVar("Found", covariant=True)
 
 
 class Reader(Protocol[Found]):
     """What is made of a row's logits."""
 
-    def read(self, row: int, window: Window, logits: Tensor, states: Tensor, at: Tensor) -> Found:
-        """Of one row.
-
-        Args:
-            logits: [n, V] of the masks that are wanted.
-            states, at: i64[n] of each, its state and its place in the window.
-        """
+    def read(self, row: int, window: Window, logits: Tensor) -> Found:
+        """Of one row, given [m, V] of the wanted nodes in their order."""
         ...
 
 
@@ -55,33 +50,27 @@ class Sampler:
         self._keys, self._processors = keys, processors
         self._exclude = torch.tensor(spec.never_said)
 
-    def read(self, row: int, window: Window, logits: Tensor, states: Tensor, at: Tensor) -> Predictions:
-        """Tokens and scores of the masks; -inf where none is wanted."""
-        k, W = window.states.shape
-        tokens, scores = torch.zeros(k, W, dtype=torch.int64), torch.full((k, W), -torch.inf)
-        if len(at) == 0:
+    def read(self, row: int, window: Window, logits: Tensor) -> Predictions:
+        """Tokens and scores of the nodes; -inf where none is wanted."""
+        tokens, scores = window.tokens.clone(), torch.full((len(window.tokens),), -torch.inf)
+        if len(logits) == 0:
             return tokens, scores
-        keys = self._keys(row, at + window.start) if self.temperature else None
+        positions = window.positions[window.wanted]
+        keys = self._keys(row, positions) if self.temperature else None
         found, sure = ops.confidence(logits.contiguous(), self._exclude, self.temperature, keys, self.score)
         if self._processors:
             # Scores stay those of the logits as they are: what a filter leaves over is no measure of being sure.
             raw = processed = logits.float().index_fill(1, self._exclude, -torch.inf)
             for processor in self._processors:
-                processed = processor(at[:, None], processed)
+                processed = processor(positions[:, None], processed)
             found, _ = ops.confidence(processed.contiguous(), self._exclude, self.temperature, keys)
             if self.score == "probability":
                 sure = raw.softmax(-1).gather(1, found.clamp(min=0)[:, None])[:, 0]
         if bool((found < 0).any()):
-            place = int(at[found < 0][0]) + window.start
+            place = int(positions[found < 0][0])
             raise RuntimeError(f"the model's logits at position {place} of row {row} are NaN, infinite or all -inf")
-        tokens[states, at], scores[states, at] = found, sure
+        tokens[window.wanted], scores[window.wanted] = found, sure
         return tokens, scores
-
-
-def wanted_masks(window: Window, mask_id: int) -> tuple[Tensor, Tensor]:
-    """State and place of every mask whose prediction is wanted."""
-    states, at = torch.nonzero((window.states == mask_id) & window.wanted, as_tuple=True)
-    return states, at
 
 
 class Engine(Protocol):
@@ -129,26 +118,19 @@ class TreeEngine:
 
     def ask(self, rows: Sequence[int], windows: Sequence[Window], reader: Reader[Found]) -> list[Found]:
         self._hold([window.held for window in windows])
-        sizes = [window.states.numel() for window in windows]
-        T = max(sizes)
+        T = max(len(window.tokens) for window in windows)
         tokens = torch.full((len(windows), T), self.spec.mask_id)
         positions = torch.zeros(len(windows), T, dtype=torch.int64)
         sees = torch.eye(T, dtype=torch.bool).repeat(len(windows), 1, 1)
         for b, window in enumerate(windows):
-            k, W = window.states.shape
-            tokens[b, : k * W] = window.states.flatten()
-            positions[b, : k * W] = torch.arange(W).repeat(k) + window.start
-            for j in range(k):
-                sees[b, j * W : (j + 1) * W, j * W : (j + 1) * W] = window.sees
-        masks = [wanted_masks(window, self.spec.mask_id) for window in windows]
-        nodes = [
-            states * w.states.shape[1] + at - self.spec.shift for w, (states, at) in zip(windows, masks, strict=True)
-        ]
+            n = len(window.tokens)
+            tokens[b, :n], positions[b, :n], sees[b, :n, :n] = window.tokens, window.positions, window.sees
+        nodes = [torch.nonzero(window.wanted).flatten() - self.spec.shift for window in windows]
         wanted = sorted(set(torch.cat(nodes).tolist())) or [0]
         logits = self._target.forward(tokens, positions, pack_mask(sees), wanted=wanted)
         place = torch.zeros(T, dtype=torch.int64)
         place[wanted] = torch.arange(len(wanted))
-        return [reader.read(rows[b], window, logits[b, place[nodes[b]]], *masks[b]) for b, window in enumerate(windows)]
+        return [reader.read(rows[b], window, logits[b, place[nodes[b]]]) for b, window in enumerate(windows)]
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
         count = torch.tensor([len(row) for row in nodes], dtype=torch.int32)
@@ -174,9 +156,8 @@ class CopyEngine(TreeEngine):
         self._hold([window.held for window in windows])
         owners = [b for b, window in enumerate(windows) for _ in window.states]
         W = max(window.states.shape[1] for window in windows)
-        self._copies = self.store.copy_rows(owners)
+        self._copies, self._windows = self.store.copy_rows(owners), windows
         self._firsts = [owners.index(b) for b in range(len(windows))]
-        self._widths = [window.states.shape[1] for window in windows]
         tokens = torch.full((len(owners), W), self.spec.mask_id)
         positions = torch.zeros(len(owners), W, dtype=torch.int64)
         sees = torch.eye(W, dtype=torch.bool).repeat(len(owners), 1, 1)
@@ -184,16 +165,13 @@ class CopyEngine(TreeEngine):
             window, n = windows[b], windows[b].states.shape[1]
             tokens[i, :n] = window.states[i - self._firsts[b]]
             positions[i, :n] = torch.arange(n) + window.start
-            sees[i, :n, :n] = window.sees
-        model = StoredModel(self._target.model, self._copies)
-        logits = model.forward(tokens, positions, pack_mask(sees))
+            sees[i, :n, :n] = block_pattern(n, window.block or n)
+        logits = StoredModel(self._target.model, self._copies).forward(tokens, positions, pack_mask(sees))
         self._target.forwards += 1
         found = []
         for b, window in enumerate(windows):
-            states, at = wanted_masks(window, self.spec.mask_id)
-            found.append(
-                reader.read(rows[b], window, logits[self._firsts[b] + states, at - self.spec.shift], states, at)
-            )
+            state, at = (x[window.wanted] for x in window.places)
+            found.append(reader.read(rows[b], window, logits[self._firsts[b] + state, at - self.spec.shift]))
         return found
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
@@ -205,13 +183,11 @@ class CopyEngine(TreeEngine):
                 mine.lazy_initialization(theirs.keys[first], theirs.values[first])
         self.store.reserve(int(count.max()))
         for b, row in enumerate(nodes):
-            if not row:
-                continue
-            W, begin = self._widths[b], int(self.store.seq_lens[b])
-            source, at = self._firsts[b] + row[0] // W, torch.tensor(row) % W
+            begin = int(self.store.seq_lens[b])
+            state, at = (x[list(row)] for x in self._windows[b].places)
             for mine, theirs in zip(self.store.layers, self._copies.layers, strict=True):
                 for to, of in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-                    to[b, :, begin : begin + len(row)] = of[source, :, begin + at]
+                    to[b, :, begin : begin + len(row)] = of[self._firsts[b] + state, :, begin + at].transpose(0, 1)
         self.store.advance(count)
 
 
@@ -230,11 +206,12 @@ class PlainEngine:
             assert window.kind is not Kind.REFRESH
             options = {}
             if self.spec.attention == "block_causal":
-                k = len(window.states)
-                options["attention_mask"] = window.sees.expand(k, 1, -1, -1).to(self.model.device)
+                k, W = window.states.shape
+                sees = block_pattern(W, window.block).expand(k, 1, -1, -1)
+                options["attention_mask"] = sees.to(self.model.device)
             logits = self.model(input_ids=window.states.to(self.model.device), **options).logits.cpu()
-            states, at = wanted_masks(window, self.spec.mask_id)
-            found.append(reader.read(row, window, logits[states, at - self.spec.shift], states, at))
+            state, at = (x[window.wanted] for x in window.places)
+            found.append(reader.read(row, window, logits[state, at - self.spec.shift]))
         self.forwards += 1
         return found
 

@@ -1,0 +1,111 @@
+"""Decoders of masked-diffusion models: forwards, tokens per forward, tokens per second, batch 1.
+
+Method: the small model that is trained on the standard library continues passages of branchwise's own sources, which it
+has not seen, under its block-causal and its full pattern. All decoders of a pattern run in turn, prompt by prompt, a
+few times; times are medians over the rounds, of whole generate calls. "same text" compares with the static decoding
+that the decoder must equal (the one with its cache and rule); for dynamic decoders it is the static text, which they
+may leave.
+
+How to read: "x static" is static decoding's time over the decoder's, of the same rule and cache.
+
+Artefacts: the model is tiny, so a forward of 128 tokens costs little more than one of 8, as it does on a GPU and for no
+large model on a CPU.
+
+Reference results: bench/results/diffusion-*.json, and docs/diffusion.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import branchwise
+import facts
+from branchwise.demo_diffusion import load_diffusion
+from branchwise.diffusion import AncestralSampling, BlockDecoder, EntropyBudget, FreeDave, Static, Threshold
+
+
+def prompts(tokenizer: Any, count: int, length: int) -> list[torch.Tensor]:
+    files = sorted(Path(branchwise.__file__).parent.glob("*.py"))[:count]
+    return [tokenizer(file.read_text(), return_tensors="pt").input_ids[:, 100 : 100 + length] for file in files]
+
+
+def decoders(attention: str) -> dict[str, tuple[Any, str]]:
+    """Name -> decoder, and the name of the static one that it is compared with."""
+    found: dict[str, tuple[Any, str]] = {}
+    for cache in ("block",) if attention == "block_causal" else ("none", "prefix", "dual"):
+        for name, rule in {"one per step": Static(), "threshold 0.9": Threshold(0.9)}.items():
+            static = f"{cache}: {name}"
+            found[static] = (BlockDecoder(rule, cache=cache), static)
+            for d in (4, 8, 16):
+                found[f"{cache}: {name}, FreeDave {d}"] = (FreeDave(rule, d, cache=cache), static)
+            if name == "one per step":
+                found[f"{cache}: {name}, FreeDave 8, not eager"] = (FreeDave(rule, 8, eager=False, cache=cache), static)
+                found[f"{cache}: {name}, FreeDave 8, copies"] = (FreeDave(rule, 8, cache=cache, form="copy"), static)
+        reference = f"{cache}: one per step"
+        found[f"{cache}: entropy 0.35"] = (BlockDecoder(EntropyBudget(0.35), cache=cache), reference)
+        found[f"{cache}: half the steps"] = (
+            BlockDecoder(Static(4 if cache == "block" else 16), cache=cache),
+            reference,
+        )
+    if attention == "full":
+        found["ancestral 32"] = (AncestralSampling(32, seed=0), "none: one per step")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder; default: the one that comes with the sources")
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--length", type=int, default=100)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    for attention in ("block_causal", "full"):
+        model, tokenizer = load_diffusion(args.model, attention)
+        texts = prompts(tokenizer, args.prompts, args.length)
+        table = decoders(attention)
+        seconds: dict[str, list[float]] = {name: [] for name in table}
+        said: dict[str, list[torch.Tensor]] = {name: [] for name in table}
+        forwards = dict.fromkeys(table, 0)
+        for repeat in range(args.repeats + 1):
+            for name, (decoder, _) in table.items():
+                spent = 0.0
+                for ids in texts:
+                    begun = time.perf_counter()
+                    out = model.generate(ids, max_new_tokens=args.new, eos_token_id=None, custom_generate=decoder)
+                    spent += time.perf_counter() - begun
+                    if repeat == 0:
+                        said[name].append(out)
+                        forwards[name] += decoder.stats.forwards
+                if repeat:  # the first round warms up
+                    seconds[name].append(spent)
+        tokens = args.new * len(texts)
+        for name, (_, reference) in table.items():
+            ratios = [a / b for a, b in zip(seconds[reference], seconds[name], strict=True)]
+            same = sum(torch.equal(a, b) for a, b in zip(said[name], said[reference], strict=True))
+            rows.append(
+                {
+                    "attention": attention,
+                    "decoder": name,
+                    "forwards": forwards[name],
+                    "tokens per forward": round(tokens / forwards[name], 2),
+                    "tokens/s": round(tokens / median(seconds[name]), 1),
+                    "x static": round(median(ratios), 2),
+                    "same text": f"{same} of {len(texts)}",
+                }
+            )
+            print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
+    options = {key: value for key, value in vars(args).items() if key != "model"}
+    print(facts.record("diffusion", facts.machine() | options, rows))
+
+
+if __name__ == "__main__":
+    main()
