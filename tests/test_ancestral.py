@@ -107,8 +107,7 @@ def test_removals_and_forwards():
 
 def test_text_ends_at_an_end_token():
     p = torch.tensor([0.0, 0.0, 0.9, 0.1], dtype=torch.float64)
-    config = tf.GenerationConfig(max_length=63, do_sample=True, pad_token_id=0)
-    config._eos_token_tensor, config._pad_token_tensor = torch.tensor([3]), torch.tensor([0])
+    config = tf.GenerationConfig(max_new_tokens=60, do_sample=True, pad_token_id=0, eos_token_id=[3, 9])
     out = AncestralSampling(4, seed=1)(constant_model(p), PROMPT, generation_config=config)[0]
     assert out[-1] == 3 and (out[3:-1] == 2).all()
 

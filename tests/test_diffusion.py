@@ -380,6 +380,11 @@ def test_llada_style_remote_code():
         out = decoder(remote, ids, generation_config=config, attention_mask=mask)
         assert torch.equal(out, wanted)
     assert remote.calls > 0
+    end = int(wanted[0, ids.shape[1] + 4])
+    config = tf.GenerationConfig(max_new_tokens=19, pad_token_id=0, do_sample=False, eos_token_id=end)
+    text = FreeDave(None, 8, block_length=8)(remote, ids[:1], generation_config=config)[0].tolist()
+    assert text == wanted[0, : ids.shape[1] + wanted[0, ids.shape[1] :].tolist().index(end) + 1].tolist()
+    config = tf.GenerationConfig(max_length=30, pad_token_id=0, do_sample=False)
     with pytest.raises(ValueError, match="cache must be 'none' for LLaDAModelLM"):
         BlockDecoder(None, 8, "dual")(remote, ids, generation_config=config, attention_mask=mask)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from ..target import Processor
 
@@ -100,6 +101,27 @@ def _for_row(processor: Any, row: int) -> Processor:
         processor = copy(processor)
         processor.prompt_ignore_length = ignored[row : row + 1]
     return processor
+
+
+def limits(
+    config: GenerationConfig, stopping: StoppingCriteriaList | None, prompt_length: int
+) -> tuple[int, StoppingCriteriaList, int]:
+    """Longest text, criteria and padding token, prepared by ``generate`` or, if a decoder is called by itself, here.
+
+    Raises:
+        ValueError: no room for new tokens.
+    """
+    eos = getattr(config, "_eos_token_tensor", None)  # set by generate
+    if stopping is None:
+        ids = config.eos_token_id if eos is None else eos.flatten().tolist()
+        stopping = StoppingCriteriaList([] if ids is None else [EosTokenCriteria(ids)])
+        longest = prompt_length + config.max_new_tokens if config.max_new_tokens else config.max_length
+    else:
+        longest = stopping.max_length or config.max_length
+    if longest is None or longest <= prompt_length:
+        raise ValueError(f"max_length = {longest} leaves no room for new tokens behind {prompt_length}")
+    pad = getattr(config, "_pad_token_tensor", None)
+    return int(longest), stopping, int(config.pad_token_id or 0) if pad is None else int(pad.flatten()[0])
 
 
 def callers_streamer() -> Any:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from .. import ops
 from ..attention import use_attention
-from ..decoding.request import check_request, pad_and_stack, prompt_starts
+from ..decoding.request import check_request, limits, pad_and_stack, prompt_starts
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Purpose, Seed, row_seeds
 from .canvas import Kind, Window
@@ -80,10 +80,8 @@ class AncestralSampling:
                 f"{name} samples the model's softmax as it is; it cannot use {type(processors[0]).__name__}"
             )
         starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        max_length = (stopping_criteria.max_length if stopping_criteria else None) or config.max_length
-        new_tokens = max_length - input_ids.shape[1]
-        if new_tokens < 1:
-            raise ValueError(f"max_length = {max_length} leaves no room for new tokens behind {input_ids.shape[1]}")
+        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
+        new_tokens = longest - input_ids.shape[1]
         prompts = [input_ids[b, start:].cpu() for b, start in enumerate(starts)]
         spec = spec_of(model) if self.spec is None else self.spec
         noise = Noise(row_seeds(self.seed, len(prompts)), [prompt.numpy() for prompt in prompts])
@@ -92,17 +90,14 @@ class AncestralSampling:
             self._run(chain)
         self.stats = DecodeStats(rule=name, forwards=chain.engine.forwards, row_forwards=chain.row_forwards)
         self.stats.emitted = new_tokens * len(prompts)
-        # What follows the first end token is not text.
-        eos = getattr(config, "_eos_token_tensor", None)
-        ends = frozenset() if eos is None else frozenset(eos.flatten().tolist())
-        pad = getattr(config, "_pad_token_tensor", None)
         texts = []
         for b, text in enumerate(chain.texts):
-            new = text[len(prompts[b]) :].tolist()
-            end = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
-            whole = torch.cat([input_ids[b, : starts[b]].cpu(), text[: len(prompts[b]) + end]])
-            texts.append(whole.to(input_ids.device))
-        return pad_and_stack(texts, 0 if pad is None else int(pad.flatten()[0]))
+            whole = torch.cat([input_ids[b, : starts[b]].cpu(), text])
+            # What follows the first end is not text.
+            ends = range(input_ids.shape[1] + 1, longest)
+            end = next((n for n in ends if stopping and bool(stopping(whole[None, :n], None).all())), longest)
+            texts.append(whole[:end].to(input_ids.device))
+        return pad_and_stack(texts, pad)
 
     def _run(self, chain: Chain) -> None:
         times = torch.linspace(_FIRST, _LAST, self.steps + 1, dtype=torch.float64).tolist()

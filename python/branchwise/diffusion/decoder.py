@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from ..attention import use_attention
-from ..decoding.request import callers_streamer, check_request, pad_and_stack, prompt_starts
+from ..decoding.request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Seed, row_seeds
 from ..target import ignores_text
@@ -100,10 +100,8 @@ class BlockDecoder:
         prompts = [input_ids[b, start:].cpu() for b, start in enumerate(starts)]
         temperature, processors = sampling_of(name, config, logits_processor)
         layout = self.layout(model)
-        max_length = (stopping_criteria.max_length if stopping_criteria else None) or config.max_length
-        new_tokens = max_length - input_ids.shape[1]
-        if new_tokens < 1:
-            raise ValueError(f"max_length = {max_length} leaves no room for new tokens behind {input_ids.shape[1]}")
+        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
+        new_tokens = longest - input_ids.shape[1]
         noise = Noise(
             row_seeds(self.seed, len(prompts)) if temperature else [0] * len(prompts), [p.numpy() for p in prompts]
         )
@@ -112,15 +110,14 @@ class BlockDecoder:
         with use_attention(model) if runs_on_kernels(model) else nullcontext():
             run = _Run(rows, self._engine(model, layout, rows), sampler, self.on_state)
             run.padding = [input_ids[b, :start] for b, start in enumerate(starts)]
-            run.stopping = stopping_criteria or StoppingCriteriaList()
+            run.stopping = stopping
             run.streamer = streamer if streamer is not None else callers_streamer()
             run.decode()
         self.stats = run.stats
-        pad = getattr(config, "_pad_token_tensor", None)
         texts = [
             torch.cat([run.padding[b], row.tokens[: run.ends[b]]]).to(input_ids.device) for b, row in enumerate(rows)
         ]
-        return pad_and_stack(texts, 0 if pad is None else int(pad.flatten()[0]))
+        return pad_and_stack(texts, pad)
 
     def layout(self, model: PreTrainedModel) -> Layout:
         """How texts are cut for this model."""
