@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .cache import KVStore as KVStore
     from .decoding import Auto as Auto
+    from .decoding import BigLittle as BigLittle
     from .decoding import DecodeStats as DecodeStats
     from .decoding import EarlyExitLossy as EarlyExitLossy
     from .decoding import PositionKeyedSampler as PositionKeyedSampler
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "KVStore": "cache",
     "Auto": "decoding",
+    "BigLittle": "decoding",
     "DecodeStats": "decoding",
     "EarlyExitLossy": "decoding",
     "PositionKeyedSampler": "decoding",

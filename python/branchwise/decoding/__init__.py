@@ -2,6 +2,7 @@
 
 from .auto import Auto
 from .bandit import Bandit
+from .big_little import BigLittle
 from .early_exit import EarlyExitLossy
 from .keyed_sampler import PositionKeyedSampler
 from .stats import DecodeStats
@@ -11,6 +12,7 @@ from .tree_speculation import TreeSpeculation
 __all__ = [
     "Auto",
     "Bandit",
+    "BigLittle",
     "DecodeStats",
     "EarlyExitLossy",
     "PositionKeyedSampler",

@@ -5,7 +5,7 @@ from .candidates import Candidates
 from .early_exit import EarlyExit
 from .hybrid import Hybrid
 from .lookahead import Jacobi, Lookahead
-from .model import Model
+from .model import Confident, Model
 from .none import NoDrafts
 from .prompt_lookup import PromptLookup
 from .suffix import Suffix
@@ -35,6 +35,7 @@ def make_drafter(drafter: str | Drafter) -> Drafter:
 __all__ = [
     "BY_NAME",
     "Candidates",
+    "Confident",
     "DraftRequest",
     "DraftSession",
     "Drafter",

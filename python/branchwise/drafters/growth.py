@@ -130,6 +130,31 @@ def grow_best_first(
     return growth.trees(budgets)
 
 
+def grow_chain(
+    expander: Expander, roots: Sequence[int], budgets: Sequence[int], eos: Tensor, *, depth: int, confidence: float
+) -> list[RowTree]:
+    """The likeliest token again and again, as long as its probability is at least ``confidence`` and it ends no text:
+    what comes then is for the larger model to say (card bild, small phase).
+
+    Returns:
+        One chain per row of at most ``depth`` nodes below the root and ``budgets[b]`` in all.
+    """
+    growth = _Growth(expander, roots)
+    last = torch.zeros(len(roots), 1, dtype=torch.int64)
+    going = torch.ones(len(roots), 1, dtype=torch.bool)
+    for level in range(min(depth, max(budgets) - 1)):
+        logits = expander.root()[:, None] if level == 0 else growth.expand(last)
+        tokens, log_probs = (x[:, 0] for x in ops.top_tokens(logits, 1))
+        going = going & (log_probs.exp() >= confidence) & ~torch.isin(tokens.long(), eos)
+        if not bool(going.any()):
+            break
+        before = growth.log_scores.gather(1, last)
+        # A row that has stopped has no more nodes; what is computed for it is not used.
+        values = torch.where(going, before + log_probs.double(), -torch.inf)
+        last = growth.add(last, tokens.long().clamp(0), values)
+    return growth.trees(budgets)
+
+
 def grow_shape(
     expander: Expander,
     roots: Sequence[int],

@@ -16,7 +16,7 @@ from ..forward import StoredModel
 from ..noise import Purpose
 from ..tree import DrawKind, RowTree
 from .base import DraftRequest, Needs, Verified
-from .growth import grow_best_first, grow_shape
+from .growth import grow_best_first, grow_chain, grow_shape
 from .ranks import RankChances
 
 _PADDING = 1024  # vocabularies are padded to round sizes, which differ between the models of one family
@@ -81,6 +81,26 @@ class Model:
         return ModelSession(self, request)
 
 
+class Confident(Model):
+    """A chain of a draft model's likeliest tokens that ends where the model is not sure, or would end the text (card
+    bild, "Small phase").
+
+    Args:
+        model: as for :class:`Model`.
+        confidence: the least probability of a token that is drafted; above 1 nothing is.
+        depth: most tokens.
+
+    Raises:
+        ValueError: as :class:`Model`; a negative confidence.
+    """
+
+    def __init__(self, model: PreTrainedModel, confidence: float = 0.6, depth: int = 10) -> None:
+        super().__init__(model, width=1, depth=depth)
+        if confidence < 0:
+            raise ValueError(f"confidence must be at least 0, got {confidence}")
+        self.confidence = confidence
+
+
 class ModelSession:
     """Implements :class:`branchwise.drafters.growth.Expander` for the rows of a batch."""
 
@@ -105,6 +125,8 @@ class ModelSession:
         with use_attention(options.model):
             self._root_logits = self._draft.extend(self._unseen)[:, 0]
             self._unseen = [text[:0] for text in self._unseen]
+            if isinstance(options, Confident):
+                return grow_chain(self, roots, budgets, self._eos, depth=options.depth, confidence=options.confidence)
             if not self._drawing and options.growth == "best_first":
                 return grow_best_first(
                     self,
