@@ -160,7 +160,7 @@ def test_no_accepted_token_is_a_surprise():
 
 def test_only_the_big_model_ends_a_text():
     """Every token that the small model may say is tried as the end: the text is that of the loop."""
-    (big, small), (ids, mask) = sharp(), batch()
+    (big, small), (ids, _) = sharp(), batch()
     prompt = ids[0]
     free, _ = by_the_card(big, small, prompt, 0.0, math.inf, 3)
     ends = {free[len(prompt) + i] for i in range(1, 30)}
