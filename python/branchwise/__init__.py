@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .decoding import DecodeStats as DecodeStats
     from .decoding import EarlyExitLossy as EarlyExitLossy
     from .decoding import PositionKeyedSampler as PositionKeyedSampler
+    from .decoding import ReverseSpeculative as ReverseSpeculative
     from .decoding import TreeSpeculation as TreeSpeculation
     from .decoding import TreeSpeculationOutput as TreeSpeculationOutput
     from .generate import generate as generate
@@ -30,6 +31,7 @@ _HOME = {
     "DecodeStats": "decoding",
     "EarlyExitLossy": "decoding",
     "PositionKeyedSampler": "decoding",
+    "ReverseSpeculative": "decoding",
     "TreeSpeculation": "decoding",
     "TreeSpeculationOutput": "decoding",
     "generate": "generate",

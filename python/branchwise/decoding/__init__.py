@@ -5,6 +5,7 @@ from .bandit import Bandit
 from .big_little import BigLittle
 from .early_exit import EarlyExitLossy
 from .keyed_sampler import PositionKeyedSampler
+from .reverse import ReverseSpeculative
 from .stats import DecodeStats
 from .tree_run import TreeSpeculationOutput
 from .tree_speculation import TreeSpeculation
@@ -16,6 +17,7 @@ __all__ = [
     "DecodeStats",
     "EarlyExitLossy",
     "PositionKeyedSampler",
+    "ReverseSpeculative",
     "TreeSpeculation",
     "TreeSpeculationOutput",
 ]
