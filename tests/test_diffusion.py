@@ -492,6 +492,8 @@ def test_refuses():
             decode(m, decoder, ids, mask)
     with pytest.raises(ValueError, match="return_dict_in_generate=True is not supported"):
         decode(m, FreeDave(), ids, mask, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="input_ids of row 1 hold the mask, 1"):
+        decode(m, FreeDave(), torch.where(torch.tensor([[False], [True], [False]]), MASK, ids), mask)
     with pytest.raises(ValueError, match="asks for beam"):
         decode(m, FreeDave(), ids, mask, num_beams=2)
     broken = model(seed=7)

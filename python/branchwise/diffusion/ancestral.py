@@ -15,11 +15,11 @@ from ..attention import use_attention
 from ..decoding.request import check_request, limits, pad_and_stack, prompt_starts
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Purpose, Seed, row_seeds
-from .canvas import Kind, Window
 from .decoder import sampling_of
 from .engine import PlainEngine, TreeEngine
 from .model import block_pattern
 from .spec import DiffusionSpec, runs_on_kernels, spec_of
+from .window import Kind, Window
 
 REMOVALS = ("ancestral", "greedy", "none")
 _FIRST, _LAST, _CLEAN = 1.0, 1e-5, 1e-3
@@ -84,6 +84,7 @@ class AncestralSampling:
         new_tokens = longest - input_ids.shape[1]
         prompts = [input_ids[b, start:].cpu() for b, start in enumerate(starts)]
         spec = spec_of(model) if self.spec is None else self.spec
+        spec.check_prompts(prompts)
         noise = Noise(row_seeds(self.seed, len(prompts)), [prompt.numpy() for prompt in prompts])
         chain = Chain(model, spec, prompts, new_tokens, noise, temperature or 1.0)
         with use_attention(model) if runs_on_kernels(model) else nullcontext():

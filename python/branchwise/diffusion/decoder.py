@@ -18,10 +18,11 @@ from ..decoding.request import callers_streamer, check_request, limits, pad_and_
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Seed, row_seeds
 from ..target import ignores_text
-from .canvas import CACHES, Canvas, Kind, Layout
+from .canvas import CACHES, Canvas, Layout
 from .engine import CopyEngine, Engine, PlainEngine, Processor, Sampler, TreeEngine
 from .rules import Static, StepRule
 from .spec import DiffusionSpec, runs_on_kernels, spec_of
+from .window import Kind
 
 FORMS = ("tree", "copy")
 
@@ -100,6 +101,7 @@ class BlockDecoder:
         prompts = [input_ids[b, start:].cpu() for b, start in enumerate(starts)]
         temperature, processors = sampling_of(name, config, logits_processor)
         layout = self.layout(model)
+        layout.spec.check_prompts(prompts)
         longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
         new_tokens = longest - input_ids.shape[1]
         noise = Noise(

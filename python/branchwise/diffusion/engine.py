@@ -13,9 +13,9 @@ from .. import ops
 from ..attention import pack_mask
 from ..cache import KVStore
 from ..forward import StoredModel
-from .canvas import Kind, Window
 from .model import block_pattern
 from .spec import DiffusionSpec
+from .window import Kind, Window
 
 _CHUNK = 2048  # prompt tokens per forward
 Processor = Callable[[Tensor, Tensor], Tensor]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 # Masks of models whose configuration does not name theirs.
@@ -39,6 +41,12 @@ class DiffusionSpec:
             raise ValueError(f"shift must be 0 or 1, got {self.shift}")
         if self.shift and self.attention == "block_causal":
             raise ValueError("shift must be 0 for a block-causal model: a block's first logits lie in the block before")
+
+    def check_prompts(self, prompts: Sequence[Tensor]) -> None:
+        """Raises ValueError if a prompt holds the mask, which would be decoded like the masks behind it."""
+        for row, prompt in enumerate(prompts):
+            if bool((prompt == self.mask_id).any()):
+                raise ValueError(f"input_ids of row {row} hold the mask, {self.mask_id}")
 
     @property
     def never_said(self) -> list[int]:

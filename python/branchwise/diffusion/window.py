@@ -1,0 +1,110 @@
+"""What a row asks of a forward: states of a stretch of its text, as nodes that see each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from .model import block_pattern
+
+
+class Kind(Enum):
+    LOOK = 0  # predictions for the state as it is
+    REFRESH = 1  # the same for the whole text, whose keys are then kept
+    VERIFY = 2  # predictions at drafts
+
+
+@dataclass
+class Window:
+    """What a row wants to know: predictions at the masks of some states of one stretch of its text.
+
+    A node is a token of a state in a forward. States of a full model have nodes of their own. Those of a block-causal
+    one form a tree of blocks: what is alike up to a block's end is there once, and of a state only what lies up to its
+    first block with masks, as that is all that its next step depends on; the last state is there as a whole.
+
+    Attributes:
+        states: i64[k, W].
+        start: position of the first token.
+        block: tokens that see each other, 0 for all.
+        nodes: i64[k, W], which node a token is; -1: none.
+        sees: bool[n, n], of the nodes.
+        wanted: bool[n], masks whose predictions matter.
+        tokens, positions: i64[n].
+        held: slots of the row's store that it builds on.
+    """
+
+    kind: Kind
+    states: Tensor
+    start: int
+    block: int
+    nodes: Tensor
+    sees: Tensor
+    wanted: Tensor
+    tokens: Tensor
+    positions: Tensor
+    held: int
+
+    @classmethod
+    def of(
+        cls, kind: Kind, states: Tensor, start: int, block: int, mask_id: int, current: int, limit: int, held: int
+    ) -> Window:
+        """``current``, ``limit``: positions between which masks are wanted; all states are alike before ``current``,
+        where a block begins."""
+        nodes, sees = _tree_of_blocks(states, current - start, block, mask_id) if block else _side_by_side(states)
+        n, W = len(sees), states.shape[1]
+        there = nodes >= 0
+        tokens, positions = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+        tokens[nodes[there]] = states[there]
+        positions[nodes[there]] = (torch.arange(W) + start).expand_as(nodes)[there]
+        wanted = (tokens == mask_id) & (positions >= current) & (positions < limit)
+        return cls(kind, states, start, block, nodes, sees, wanted, tokens, positions, held)
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Of every node, a state that it belongs to and its place there, i64[n] each."""
+        state, at = torch.zeros_like(self.tokens), torch.zeros_like(self.tokens)
+        for i in reversed(range(len(self.states))):
+            there = torch.nonzero(self.nodes[i] >= 0).flatten()
+            state[self.nodes[i, there]], at[self.nodes[i, there]] = i, there
+        return state, at
+
+
+def _side_by_side(states: Tensor) -> tuple[Tensor, Tensor]:
+    k, W = states.shape
+    sees = torch.zeros(k * W, k * W, dtype=torch.bool)
+    for i in range(k):
+        sees[i * W : (i + 1) * W, i * W : (i + 1) * W] = True
+    return torch.arange(k * W).view(k, W), sees
+
+
+def _tree_of_blocks(states: Tensor, base: int, block: int, mask_id: int) -> tuple[Tensor, Tensor]:
+    """``base``: tokens that all states share, whole blocks."""
+    k, W = states.shape
+    nodes = torch.full((k, W), -1)
+    nodes[:, :base] = torch.arange(base)
+    known: dict[tuple[int, bytes], int] = {}
+    paths: list[list[int]] = []  # of every group of nodes, the first nodes of those before it and its own
+    for i, state in enumerate(states.numpy()):
+        masked = (state == mask_id).nonzero()[0]
+        # The last state looks ahead, for guesses about blocks behind its own.
+        last = int(masked[0]) // block if len(masked) and i < k - 1 else W // block - 1
+        path: list[int] = []
+        for begin in range(base, (last + 1) * block, block):
+            key = (begin, state[base : begin + block].tobytes())
+            if key not in known:
+                known[key] = base + len(paths) * block
+                paths.append([*path, known[key]])
+            path.append(known[key])
+            nodes[i, begin : begin + block] = torch.arange(block) + known[key]
+    n = base + len(paths) * block
+    sees = torch.zeros(n, n, dtype=torch.bool)
+    sees[:base, :base] = block_pattern(base, block)
+    for path in paths:
+        own = slice(path[-1], path[-1] + block)
+        sees[own, :base] = True
+        for first in path:
+            sees[own, first : first + block] = True
+    return nodes, sees
