@@ -42,10 +42,14 @@ def decoders(attention: str) -> dict[str, tuple[Any, str]]:
         for name, rule in {"one per step": Static(), "threshold 0.9": Threshold(0.9)}.items():
             static = f"{cache}: {name}"
             found[static] = (BlockDecoder(rule, cache=cache), static)
-            for d in (4, 8, 16):
+            for d in (4, 8):
                 found[f"{cache}: {name}, FreeDave {d}"] = (FreeDave(rule, d, cache=cache), static)
             if name == "one per step":
-                found[f"{cache}: {name}, FreeDave 8, not eager"] = (FreeDave(rule, 8, eager=False, cache=cache), static)
+                found[f"{cache}: {name}, FreeDave 16"] = (FreeDave(rule, 16, cache=cache, least_chance=0.0), static)
+                chain = {"drafts": "chain", "cache": cache}
+                found[f"{cache}: {name}, FreeDave 4, chain"] = (FreeDave(rule, 4, **chain), static)
+                found[f"{cache}: {name}, FreeDave 8, chain"] = (FreeDave(rule, 8, **chain), static)
+                found[f"{cache}: {name}, FreeDave 8, chain, not eager"] = (FreeDave(rule, 8, False, **chain), static)
                 found[f"{cache}: {name}, FreeDave 8, copies"] = (FreeDave(rule, 8, cache=cache, form="copy"), static)
         reference = f"{cache}: one per step"
         found[f"{cache}: entropy 0.35"] = (BlockDecoder(EntropyBudget(0.35), cache=cache), reference)
@@ -61,9 +65,9 @@ def decoders(attention: str) -> dict[str, tuple[Any, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder; default: the one that comes with the sources")
-    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--length", type=int, default=100)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 

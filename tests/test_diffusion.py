@@ -220,7 +220,7 @@ def test_forwards_are_the_fewest_possible(seed, draft_length):
     fewest = [0] * (n + 1)
     for i in range(n - 2, -1, -1):
         fewest[i] = 1 + min(fewest[j] for j in range(i + 1, min(reach(i), n - 1) + 1))
-    dave = FreeDave(None, draft_length, block_length=8)
+    dave = FreeDave(None, draft_length, drafts="chain", block_length=8)
     out = decode(m, dave, prompt[None], torch.ones(1, len(prompt), dtype=torch.long), new=new)
     assert out[0].tolist() == states[-1]
     assert dave.stats.forwards == 1 + fewest[0]
@@ -255,9 +255,51 @@ def test_wrong_drafts_cost_forwards_only(monkeypatch):
         return drafts, num
 
     monkeypatch.setattr(ops, "draft_blocks", spoilt)
-    dave = FreeDave(None, 8, eager=False)
+    dave = FreeDave(None, 8, eager=False, drafts="chain")
     assert torch.equal(decode(m, dave, ids, mask), wanted)
     assert dave.stats.accepted == 0 and dave.stats.drafted > 0
+
+
+def test_wrong_guesses_cost_forwards_only(monkeypatch):
+    """States of a tree whose tokens are all wrong."""
+    from branchwise.diffusion.guesses import Guesser
+
+    m = model()
+    ids, mask = prompts()
+    static = BlockDecoder()
+    wanted = decode(m, static, ids, mask)
+    grow = Guesser.grow
+
+    def spoilt(self, count, least):
+        guesses = grow(self, count, least)
+        for guess in guesses:
+            guess.added = {position: 3 + (token + 1) % (V - 3) for position, token in guess.added.items()}
+        return guesses
+
+    monkeypatch.setattr(Guesser, "grow", spoilt)
+    dave = FreeDave(None, 6, least_chance=0.0)
+    assert torch.equal(decode(m, dave, ids, mask), wanted)
+    assert dave.stats.drafted > 0 and dave.stats.accepted < dave.stats.drafted / 10
+
+
+def test_trees_learn_what_turns_out():
+    """Tables fill, their shares follow what was seen, and a tree needs fewer forwards than a chain of its size."""
+    m = model("full", 4, 1)
+    ids, mask = prompts()
+    forwards = {}
+    for drafts in ("chain", "tree"):
+        dave = FreeDave(None, 8, drafts=drafts, block_length=8, least_chance=0.0)
+        forwards[drafts] = 0
+        for _ in range(4):
+            decode(m, dave, ids, mask)
+            forwards[drafts] += dave.stats.row_forwards
+    assert forwards["tree"] <= forwards["chain"]
+    assert sum(map(sum, dave.table.ranks.values())) > 20 * len(dave.table.ranks) + 50
+    table = dave.table
+    before = list(table.of_ranks(1, 0.5))
+    table.observe(1, 0.5, 2, 0.5, 7)
+    after = table.of_ranks(1, 0.5)
+    assert after[2] == before[2] + 1 and table.of_tokens(1, 0.5)[3] >= 1
 
 
 @pytest.mark.parametrize("attention, cache", PAIRS)
@@ -472,6 +514,8 @@ def test_refuses():
     m, (ids, mask) = model(), prompts()
     for message, make in {
         "draft_length must lie between 1 and 64, got 0": lambda: FreeDave(draft_length=0),
+        "drafts must be 'tree' or 'chain', got 'bush'": lambda: FreeDave(drafts="bush"),
+        r"least_chance must lie in \[0, 1\], got 2": lambda: FreeDave(least_chance=2),
         "cache must be one of block, none, prefix, dual, got 'big'": lambda: BlockDecoder(cache="big"),
         "form must be one of tree, copy, got 'x'": lambda: BlockDecoder(form="x"),
         "block_length must be at least 1, got 0": lambda: BlockDecoder(block_length=0),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .guesses import TOKENS, Chances, Guess, Guesser
 from .rules import StepRule
 from .spec import DiffusionSpec
-from .window import Kind, Window
+from .window import Kind, Predictions, Window
 
 CACHES = ("block", "none", "prefix", "dual")
 
@@ -26,6 +27,8 @@ class Layout:
         block: tokens that are unmasked together.
         ahead: blocks behind the current one that drafts may reach.
         draft_length: most states that a forward verifies.
+        table: what is known of guesses, for states that form a tree; None: one chain of states.
+        least_chance: of a state of a tree that is worth its place.
     """
 
     spec: DiffusionSpec
@@ -34,6 +37,13 @@ class Layout:
     block: int
     ahead: int
     draft_length: int
+    table: Chances | None = None
+    least_chance: float = 0.0
+
+    @property
+    def guesses(self) -> bool:
+        """Whether states form a tree: where every step unmasks one token."""
+        return self.table is not None and self.rule.rule == "count" and set(self.rule.counts(self.block)) <= {1}
 
 
 class Canvas:
@@ -61,6 +71,9 @@ class Canvas:
         self.taken = 0  # steps
         self.held = 0  # tokens whose keys are kept for good: of a block-causal text
         self.kept: list[int] = []  # positions whose keys the store holds, of "prefix" and "dual"
+        self.choices = torch.zeros(self.size, TOKENS, dtype=torch.int64)  # likeliest tokens of every mask
+        self.chances = torch.zeros(self.size, TOKENS)
+        self._guessed: tuple[Guesser, list[Guess]] | None = None  # in the last forward
         self._stale = True  # "prefix", "dual": a block begins
         self._drafts, self._num = torch.empty(0), torch.empty(0)
         self.known = self.prompt  # tokens before the first mask
@@ -110,7 +123,7 @@ class Canvas:
             here = slice(self._start, end)
             scores = self.scores[here].clone()
             scores[max(limit - self._start, 0) :] = -torch.inf
-            self._counts = self._next_counts(layout.draft_length)
+            self._counts = self._next_counts(1 if layout.guesses else layout.draft_length)
             drafts, num = ops.draft_blocks(
                 self.tokens[None, here].contiguous(),
                 self.predicted[None, here].contiguous(),
@@ -122,6 +135,8 @@ class Canvas:
                 layout.rule.rule,
                 layout.rule.level,
             )
+            if layout.guesses and int(num):
+                drafts, num = self._guess(drafts, scores)
             # Where everything is known, nothing is left to ask.
             stop = self._end(current) - self._start
             while int(num) > 1 and self._done(drafts[0, int(num) - 1], stop):
@@ -130,25 +145,62 @@ class Canvas:
             states = drafts[0, : int(num)] if int(num) else self.tokens[None, here]
             self._drafts, self._num = drafts[:, : max(int(num), 1)], num
         held = 0 if kind is Kind.REFRESH else self.held or len(self.kept)
-        return Window.of(kind, states, self._start, spec.block_size, spec.mask_id, current, limit, held)
+        # A step that unmasks one token needs the next block's predictions when the last is nearly done.
+        ahead_below = 3 if layout.guesses else layout.block
+        return Window.of(kind, states, self._start, spec.block_size, spec.mask_id, current, limit, held, ahead_below)
 
-    def take(self, window: Window, found: Tensor, sure: Tensor) -> list[int]:
-        """Learns the predictions of the window's nodes, i64[n] and f32[n], and goes as far as they prove.
+    def _guess(self, first: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """States i64[1, k, W] behind the certain first one, and k; also learns from how the last guesses fared."""
+        layout, mask_id, table = self.layout, self.layout.spec.mask_id, self.layout.table
+        assert table is not None
+        W = first.shape[2]
+        here = slice(self._start, self._start + W)
+        at = int((first[0, 0] != self.tokens[here]).int().argmax())
+        if self._guessed is not None:
+            self._observe(table, at + self._start, int(first[0, 0, at]))
+        blocks = [(i + self._start - self.origin) // layout.block for i in range(W)]
+        masked = torch.nonzero(first[0, 0] == mask_id).flatten().tolist()
+        choices = self.choices[here].tolist()
+        guesser = Guesser(masked, blocks, scores.tolist(), choices, self.chances[here].tolist(), table)
+        guesses = guesser.grow(layout.draft_length - 1, layout.least_chance)
+        states = first.repeat(1, 1 + len(guesses), 1)
+        for i, guess in enumerate(guesses, start=1):
+            for position, token in guess.added.items():
+                states[0, i, position] = token
+        stop = self._end(self._current()) - self._start
+        open_ = [0] + [i for i in range(1, len(guesses) + 1) if not self._done(states[0, i], stop)]
+        self._guessed = (guesser, [Guess({}, []), *(guesses[i - 1] for i in open_[1:])])
+        self._offset = self._start
+        self._counts = torch.ones(1, len(open_) + 1, dtype=torch.int32)
+        return states[:, open_].contiguous(), torch.tensor([len(open_)], dtype=torch.int32)
+
+    def _observe(self, table: Chances, position: int, token: int) -> None:
+        """The step after the last accepted guess, seen from the predictions that it was made of."""
+        assert self._guessed is not None
+        guesser, guesses = self._guessed
+        accepted = guesses[self._accepted]
+        for step in accepted.steps:
+            table.observe(*step)
+        guesser.observe(table, accepted, position - self._offset, token)
+
+    def take(self, window: Window, found: Predictions) -> list[int]:
+        """Learns the predictions of the window's nodes and goes as far as they prove.
 
         Returns:
             The nodes whose keys the store is to keep.
         """
         layout, W = self.layout, window.states.shape[1]
         there = window.nodes >= 0
-        tokens = found[window.nodes.clamp(min=0)]
-        scores = torch.where(there, sure[window.nodes.clamp(min=0)], -torch.inf)
+        nodes = window.nodes.clamp(min=0)
+        tokens, scores = found.tokens[nodes], torch.where(there, found.scores[nodes], -torch.inf)
         here = slice(window.start, window.start + W)
         best, keep = 0, []
         if window.kind is Kind.VERIFY:
             best = int(self._verify(tokens, scores))
             self.tokens[here] = window.states[best]
-            self.taken += best + 1
-        self._learn(here, tokens, scores, there, best)
+            self.taken += int((window.states[best] != window.states[0]).sum()) + 1 if layout.guesses else best + 1
+            self._accepted = best
+        self._learn(here, window.nodes, scores, found, best)
         if window.kind is Kind.REFRESH:
             self._stale = False
             start, end = self._span(self._current())
@@ -161,13 +213,15 @@ class Canvas:
         self._finish_block()
         return keep
 
-    def _learn(self, here: slice, tokens: Tensor, scores: Tensor, there: Tensor, best: int) -> None:
+    def _learn(self, here: slice, nodes: Tensor, scores: Tensor, found: Predictions, best: int) -> None:
         """Predictions at the state that was reached; where it has no nodes, the latest guess of another state, which is
         good enough for drafts that lie behind the first step."""
-        for i in (*range(best + 1, len(there)), best):
-            new = there[i] & ((scores[i] > -torch.inf) | (i == best))
-            self.predicted[here] = torch.where(new, tokens[i], self.predicted[here])
-            self.scores[here] = torch.where(new, scores[i], self.scores[here])
+        for i in (*range(best + 1, len(nodes)), best):
+            new = torch.nonzero((nodes[i] >= 0) & ((scores[i] > -torch.inf) | (i == best))).flatten()
+            at, node = new + here.start, nodes[i, new]
+            self.predicted[at], self.scores[at] = found.tokens[node], scores[i, new]
+            if found.choices is not None and found.chances is not None:
+                self.choices[at], self.chances[at] = found.choices[node], found.chances[node]
 
     def _finish_block(self) -> None:
         """Takes the next step, which is proven, where nothing has to be seen after it."""

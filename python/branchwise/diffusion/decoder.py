@@ -20,6 +20,7 @@ from ..noise import Noise, Seed, row_seeds
 from ..target import ignores_text
 from .canvas import CACHES, Canvas, Layout
 from .engine import CopyEngine, Engine, PlainEngine, Processor, Sampler, TreeEngine
+from .guesses import TOKENS, Chances
 from .rules import Static, StepRule
 from .spec import DiffusionSpec, runs_on_kernels, spec_of
 from .window import Kind
@@ -58,7 +59,8 @@ class BlockDecoder:
     """
 
     draft_length = 1
-    ahead: int | None = 0
+    table: Chances | None = None
+    least_chance = 0.0
 
     def __init__(
         self,
@@ -107,7 +109,8 @@ class BlockDecoder:
         noise = Noise(
             row_seeds(self.seed, len(prompts)) if temperature else [0] * len(prompts), [p.numpy() for p in prompts]
         )
-        sampler = Sampler(layout.spec, layout.rule.score, temperature, noise.position_keys, processors)
+        choices = TOKENS if layout.guesses else 0
+        sampler = Sampler(layout.spec, layout.rule.score, temperature, noise.position_keys, processors, choices)
         rows = [Canvas(layout, prompt, len(prompt) + new_tokens) for prompt in prompts]
         with use_attention(model) if runs_on_kernels(model) else nullcontext():
             run = _Run(rows, self._engine(model, layout, rows), sampler, self.on_state)
@@ -137,7 +140,7 @@ class BlockDecoder:
         ahead = self._ahead(block)
         if cache in ("prefix", "dual"):
             ahead = 0  # the next block begins with a forward of the whole text
-        return Layout(spec, self.rule, cache, block, ahead, self.draft_length)
+        return Layout(spec, self.rule, cache, block, ahead, self.draft_length, self.table, self.least_chance)
 
     def _ahead(self, block: int) -> int:
         return 0
@@ -202,7 +205,7 @@ class _Run:
             done = time.perf_counter()
             before = [self.rows[b].taken for b in active]
             keep = [
-                self.rows[b].take(window, *predictions)
+                self.rows[b].take(window, predictions)
                 for b, window, predictions in zip(active, windows, found, strict=True)
             ]
             self.engine.keep(keep)

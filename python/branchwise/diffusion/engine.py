@@ -15,12 +15,11 @@ from ..cache import KVStore
 from ..forward import StoredModel
 from .model import block_pattern
 from .spec import DiffusionSpec
-from .window import Kind, Window
+from .window import Kind, Predictions, Window
 
 _CHUNK = 2048  # prompt tokens per forward
 Processor = Callable[[Tensor, Tensor], Tensor]
 Keys = Callable[[int, Tensor], Tensor]  # noise of a row's positions, i64[n]
-Predictions = tuple[Tensor, Tensor]  # tokens i64[n] and scores f32[n] of a window's nodes
 Found = TypeVar("Found", covariant=True)
 
 
@@ -41,20 +40,31 @@ class Sampler:
         temperature: 0 for the likeliest token.
         keys: noise of a row's positions.
         processors: that look at the scores alone.
+        choices: likeliest tokens to report, beside the one that is said.
     """
 
     def __init__(
-        self, spec: DiffusionSpec, score: str, temperature: float, keys: Keys, processors: Sequence[Processor]
+        self,
+        spec: DiffusionSpec,
+        score: str,
+        temperature: float,
+        keys: Keys,
+        processors: Sequence[Processor],
+        choices: int = 0,
     ) -> None:
+        self.choices = choices
         self.spec, self.score, self.temperature = spec, score, temperature
         self._keys, self._processors = keys, processors
         self._exclude = torch.tensor(spec.never_said)
 
     def read(self, row: int, window: Window, logits: Tensor) -> Predictions:
-        """Tokens and scores of the nodes; -inf where none is wanted."""
-        tokens, scores = window.tokens.clone(), torch.full((len(window.tokens),), -torch.inf)
+        n = len(window.tokens)
+        tokens, scores = window.tokens.clone(), torch.full((n,), -torch.inf)
+        made = Predictions(tokens, scores)
+        if self.choices:
+            made.choices, made.chances = torch.zeros(n, self.choices, dtype=torch.int64), torch.zeros(n, self.choices)
         if len(logits) == 0:
-            return tokens, scores
+            return made
         positions = window.positions[window.wanted]
         keys = self._keys(row, positions) if self.temperature else None
         found, sure = ops.confidence(logits.contiguous(), self._exclude, self.temperature, keys, self.score)
@@ -70,7 +80,12 @@ class Sampler:
             place = int(positions[found < 0][0])
             raise RuntimeError(f"the model's logits at position {place} of row {row} are NaN, infinite or all -inf")
         tokens[window.wanted], scores[window.wanted] = found, sure
-        return tokens, scores
+        if made.choices is not None and made.chances is not None:
+            likeliest, log_probs = ops.top_tokens(logits, self.choices, self._exclude)
+            if self.temperature:  # only the token that was drawn can be guessed
+                likeliest[:, 0] = found.int()
+            made.choices[window.wanted], made.chances[window.wanted] = likeliest.long().clamp(0), log_probs.exp()
+        return made
 
 
 class Engine(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .decoder import BlockDecoder
+from .guesses import Chances
 
 
 class FreeDave(BlockDecoder):
@@ -21,19 +22,37 @@ class FreeDave(BlockDecoder):
 
     Args:
         draft_length: most states per forward; 1 is the decoder without drafts.
+        drafts: "tree": where every step unmasks one token, states are a tree of guesses about which position comes
+            next and with which of its likeliest tokens, by what turned out so far (an addition of ours); other rules
+            have a chain. "chain": as published, the states that follow if predictions stay as they are.
+        least_chance: a tree has no state that is less likely to be reached than this.
         eager: drafts may reach blocks behind the current one, as far as ``draft_length`` steps go; not with the caches
             "prefix" and "dual".
         others: as for :class:`BlockDecoder`.
 
     Raises:
-        ValueError: as :class:`BlockDecoder`, and for a ``draft_length`` outside 1..64.
+        ValueError: as :class:`BlockDecoder`, for a ``draft_length`` outside 1..64 or unknown ``drafts``.
     """
 
-    def __init__(self, rule: Any = None, draft_length: int = 8, eager: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        rule: Any = None,
+        draft_length: int = 8,
+        eager: bool = True,
+        drafts: str = "tree",
+        least_chance: float = 0.05,
+        **options: Any,
+    ) -> None:
         super().__init__(rule, **options)
         if not 1 <= draft_length <= 64:
             raise ValueError(f"draft_length must lie between 1 and 64, got {draft_length}")
-        self.draft_length, self.eager = draft_length, eager
+        if drafts not in ("tree", "chain"):
+            raise ValueError(f"drafts must be 'tree' or 'chain', got {drafts!r}")
+        self.draft_length, self.eager, self.drafts = draft_length, eager, drafts
+        if not 0 <= least_chance <= 1:
+            raise ValueError(f"least_chance must lie in [0, 1], got {least_chance}")
+        self.least_chance = least_chance
+        self.table = Chances() if drafts == "tree" else None
 
     def _ahead(self, block: int) -> int:
         """Blocks that ``draft_length`` steps can reach behind the current one."""

@@ -11,6 +11,21 @@ from torch import Tensor
 from .model import block_pattern
 
 
+@dataclass
+class Predictions:
+    """Of the nodes of a window, where masks are wanted.
+
+    Attributes:
+        tokens, scores: i64[n], f32[n]; -inf where none is wanted.
+        choices, chances: the likeliest tokens i64[n, k] and their probabilities f32[n, k], if asked for.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    choices: Tensor | None = None
+    chances: Tensor | None = None
+
+
 class Kind(Enum):
     LOOK = 0  # predictions for the state as it is
     REFRESH = 1  # the same for the whole text, whose keys are then kept
@@ -23,7 +38,8 @@ class Window:
 
     A node is a token of a state in a forward. States of a full model have nodes of their own. Those of a block-causal
     one form a tree of blocks: what is alike up to a block's end is there once, and of a state only what lies up to its
-    first block with masks, as that is all that its next step depends on; the last state is there as a whole.
+    first block with masks, as that is all that its next step depends on; where the last state has but few left in that
+    block, it is there as a whole.
 
     Attributes:
         states: i64[k, W].
@@ -49,11 +65,23 @@ class Window:
 
     @classmethod
     def of(
-        cls, kind: Kind, states: Tensor, start: int, block: int, mask_id: int, current: int, limit: int, held: int
+        cls,
+        kind: Kind,
+        states: Tensor,
+        start: int,
+        block: int,
+        mask_id: int,
+        current: int,
+        limit: int,
+        held: int,
+        ahead_below: int = 0,
     ) -> Window:
         """``current``, ``limit``: positions between which masks are wanted; all states are alike before ``current``,
-        where a block begins."""
-        nodes, sees = _tree_of_blocks(states, current - start, block, mask_id) if block else _side_by_side(states)
+        where a block begins. ``ahead_below``: masks of its block up to which the last state looks at what follows."""
+        if block:
+            nodes, sees = _tree_of_blocks(states, current - start, block, mask_id, ahead_below)
+        else:
+            nodes, sees = _side_by_side(states)
         n, W = len(sees), states.shape[1]
         there = nodes >= 0
         tokens, positions = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
@@ -80,7 +108,7 @@ def _side_by_side(states: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(k * W).view(k, W), sees
 
 
-def _tree_of_blocks(states: Tensor, base: int, block: int, mask_id: int) -> tuple[Tensor, Tensor]:
+def _tree_of_blocks(states: Tensor, base: int, block: int, mask_id: int, ahead_below: int) -> tuple[Tensor, Tensor]:
     """``base``: tokens that all states share, whole blocks."""
     k, W = states.shape
     nodes = torch.full((k, W), -1)
@@ -89,8 +117,10 @@ def _tree_of_blocks(states: Tensor, base: int, block: int, mask_id: int) -> tupl
     paths: list[list[int]] = []  # of every group of nodes, the first nodes of those before it and its own
     for i, state in enumerate(states.numpy()):
         masked = (state == mask_id).nonzero()[0]
-        # The last state looks ahead, for guesses about blocks behind its own.
-        last = int(masked[0]) // block if len(masked) and i < k - 1 else W // block - 1
+        last = int(masked[0]) // block if len(masked) else W // block - 1
+        # The last state looks ahead, for guesses about blocks behind its own; of use when that is nearly done.
+        if i == k - 1 and (masked // block == last).sum() <= ahead_below:
+            last = W // block - 1
         path: list[int] = []
         for begin in range(base, (last + 1) * block, block):
             key = (begin, state[base : begin + block].tobytes())
