@@ -65,6 +65,7 @@ def decoders(attention: str) -> dict[str, tuple[Any, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder; default: the one that comes with the sources")
+    parser.add_argument("--attention", nargs="+", default=["block_causal", "full"])
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--new", type=int, default=96)
@@ -72,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
-    for attention in ("block_causal", "full"):
+    for attention in args.attention:
         model, tokenizer = load_diffusion(args.model, attention)
         texts = prompts(tokenizer, args.prompts, args.length)
         table = decoders(attention)
