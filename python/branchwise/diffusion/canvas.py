@@ -73,7 +73,8 @@ class Canvas:
         self.kept: list[int] = []  # positions whose keys the store holds, of "prefix" and "dual"
         self.choices = torch.zeros(self.size, TOKENS, dtype=torch.int64)  # likeliest tokens of every mask
         self.chances = torch.zeros(self.size, TOKENS)
-        self._guessed: tuple[Guesser, list[Guess]] | None = None  # in the last forward
+        self._guessed: tuple[Guesser, list[Guess]] | None = None  # in the last forward that verified guesses
+        self._offset = self._accepted = 0  # its window's start, and the guess that it has proven
         self._stale = True  # "prefix", "dual": a block begins
         self._drafts, self._num = torch.empty(0), torch.empty(0)
         self.known = self.prompt  # tokens before the first mask
