@@ -109,7 +109,8 @@ def main() -> None:
             )
             print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
     options = {key: value for key, value in vars(args).items() if key != "model"}
-    print(facts.record("diffusion", facts.machine() | options, rows))
+    name = "-".join(["diffusion", *args.attention])
+    print(facts.record(name, facts.machine() | options, rows))
 
 
 if __name__ == "__main__":
