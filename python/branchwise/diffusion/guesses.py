@@ -16,8 +16,8 @@ _WEIGHT = 20.0  # observations that a prior is worth
 class Chances:
     """How often a step takes the position that was the r-th surest some steps ago, and the t-th likeliest token there.
 
-    Counted per depth, and per bucket of how sure the model was. The first values are those of the model that comes with
-    the sources.
+    Counted per depth, and per bucket of how sure the model was. The first values are lines through what was counted
+    with the model that comes with the sources.
     """
 
     ranks: dict[tuple[int, int], list[float]] = field(default_factory=dict)
