@@ -81,6 +81,9 @@ def _demo(options: argparse.Namespace) -> int:
     if options.model and not options.diffusion:
         print("branchwise demo: --model goes with --diffusion", file=sys.stderr)
         return 1
+    if options.diffusion and options.dtype != "float32":
+        print(f"branchwise demo: --diffusion runs in float32, got --dtype {options.dtype}", file=sys.stderr)
+        return 1
     try:
         if options.diffusion:
             from .demo_diffusion import run_diffusion_demo

@@ -76,6 +76,11 @@ class Noise:
         """f32[B, N, 2] for any pair of numbers i64[B, N]."""
         return ops.node_uniforms(self._keys, self._rows, rounds.contiguous(), nodes.contiguous(), purpose)
 
+    def row_uniforms(self, row: int, rounds: Tensor, nodes: Tensor, purpose: Purpose) -> Tensor:
+        """The same for one row: f32[N, 2] for numbers i64[N]."""
+        keys, rows = self._keys[row : row + 1], self._rows[row : row + 1]
+        return ops.node_uniforms(keys, rows, rounds[None].contiguous(), nodes[None].contiguous(), purpose)[0]
+
     def position_keys(self, row: int, positions: Tensor) -> Tensor:
         """For draws from whole vocabularies: i64[n] from i64[n] positions of the text without padding; rows are counted
         as they were at first."""

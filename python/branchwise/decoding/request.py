@@ -103,6 +103,16 @@ def _for_row(processor: Any, row: int) -> Processor:
     return processor
 
 
+def refuse_dict(decoder: str, config: GenerationConfig) -> None:
+    """Of decoders that return texts alone.
+
+    Raises:
+        ValueError: ``return_dict_in_generate``.
+    """
+    if config.return_dict_in_generate:
+        raise ValueError(f"return_dict_in_generate=True is not supported by {decoder}; it leaves its counts in stats")
+
+
 def limits(
     config: GenerationConfig, stopping: StoppingCriteriaList | None, prompt_length: int
 ) -> tuple[int, StoppingCriteriaList, int]:

@@ -16,7 +16,7 @@ from ..attention import check_supported, use_attention
 from ..cache import KVStore
 from ..forward import StoredModel
 from ..noise import Noise, Purpose, Seed, row_seeds
-from .request import check_request, limits, pad_and_stack, prompt_starts
+from .request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict
 from .stats import DecodeStats
 
 FALLBACK = -1  # the trial of a token that the student drew itself
@@ -111,17 +111,25 @@ class ReverseSpeculative:
         config = generation_config or model.generation_config
         check_supported(model)
         check_request("ReverseSpeculative", config, model_kwargs)
-        # Temperature and filters are this decoder's own, for both models alike.
+        refuse_dict("ReverseSpeculative", config)
+        if logits_processor:
+            raise ValueError(
+                f"ReverseSpeculative draws by options of its own, for both models alike; it cannot use "
+                f"{type(logits_processor[0]).__name__}"
+            )
         starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
         prompts = [input_ids[b, start:] for b, start in enumerate(starts)]
         longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
         noise = Noise(row_seeds(self.seed, len(prompts)), [prompt.numpy() for prompt in prompts])
         run = _Run(self, model, prompts, noise)
         self.traces = [Trace() for _ in prompts]
-        begun = time.perf_counter()
         run.decode(self.traces, input_ids, longest, stopping)
         self.stats = run.stats
-        self.stats.seconds_forward = time.perf_counter() - begun
+        streamer = streamer if streamer is not None else callers_streamer()
+        if streamer is not None:
+            for trace in self.traces:
+                streamer.put(torch.tensor(trace.tokens))
+            streamer.end()
         texts = [torch.cat([input_ids[b], torch.tensor(trace.tokens)]) for b, trace in enumerate(self.traces)]
         return pad_and_stack(texts, pad)
 
@@ -136,13 +144,13 @@ class ReverseSpeculative:
         p = torch.where(inside, p, 0)
         return tokens, p / p.sum(-1, keepdim=True)
 
-    def passes(self, logits: Tensor, vocabulary: int) -> Tensor:
-        """f64[n, V]: the student's probabilities where a token may be taken, 0 elsewhere."""
+    def passes(self, logits: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """The student's probabilities f64[n, V], and which tokens may be taken, bool[n, V]."""
         values = logits[:, :vocabulary].double()
         p = (values / self.floor_temperature).softmax(-1)
         order = values.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         among = torch.zeros_like(p).scatter(1, order, 1.0).bool()
-        return torch.where(among & (p >= self.floor), p, 0)
+        return p, among & (p >= self.floor)
 
 
 class _Run:
@@ -163,14 +171,20 @@ class _Run:
     def decode(self, traces: list[Trace], input_ids: Tensor, longest: int, stopping: StoppingCriteriaList) -> None:
         options, B = self.options, len(traces)
         last = torch.stack([prompt[-1] for prompt in self._prompts])
+        begun = time.perf_counter()
         self._prefill()
+        self.stats.seconds_prefill = time.perf_counter() - begun
         active = list(range(B))
         padded = input_ids.shape[1]
         while active:
             room = longest - padded - min(len(traces[b].tokens) for b in active)
             g = max(min(options.draft_length, room), 1)
+            begun = time.perf_counter()
             drafts, draws = self._draft(active, last, g)
+            drafted = time.perf_counter()
             logits = self._student_logits(torch.cat([last[:, None], drafts[:, : g - 1]], 1))
+            self.stats.seconds_draft += drafted - begun
+            self.stats.seconds_forward += time.perf_counter() - drafted
             kept = []
             for i, b in enumerate(active):
                 new = self._verify(i, logits[i], draws[i], traces[b])
@@ -242,16 +256,15 @@ class _Run:
     def _verify(self, row: int, logits: Tensor, draws: Sequence[Tensor], trace: Trace) -> list[tuple[int, int, float]]:
         """Tokens that are said, up to the first that is not the chain's: token, trial, student's probability."""
         options = self.options
-        allowed = options.passes(logits, self.vocabulary)
-        probabilities = (logits[:, : self.vocabulary].double() / options.floor_temperature).softmax(-1)
+        probabilities, allowed = options.passes(logits, self.vocabulary)
         said = []
         for i, candidates in enumerate(draws):
-            trial = next((m for m, token in enumerate(candidates.tolist()) if allowed[i, token] > 0), FALLBACK)
+            trial = next((m for m, token in enumerate(candidates.tolist()) if bool(allowed[i, token])), FALLBACK)
             if trial == FALLBACK:
                 tokens, p = options.distribution(logits[i : i + 1], self.vocabulary)
-                place = torch.full((len(self.lengths), 1), self.lengths[row] + i)
-                coin = self.noise.uniforms(place, place * 0, Purpose.TARGET)[row : row + 1, :, 1].double()
-                token = int(tokens.gather(1, _pick(p, coin)))
+                place = torch.tensor([self.lengths[row] + i])
+                coin = self.noise.row_uniforms(row, place, place * 0, Purpose.TARGET)[:, 1].double()
+                token = int(tokens.gather(1, _pick(p, coin[None])))
             else:
                 token = int(candidates[trial])
             said.append((token, trial, float(probabilities[i, token])))

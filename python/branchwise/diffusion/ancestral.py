@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from .. import ops
 from ..attention import use_attention
-from ..decoding.request import check_request, limits, pad_and_stack, prompt_starts
+from ..decoding.request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Purpose, Seed, row_seeds
 from .decoder import sampling_of
@@ -74,6 +74,7 @@ class AncestralSampling:
     ) -> Tensor:
         config, name = generation_config or model.generation_config, type(self).__name__
         check_request(name, config, model_kwargs)
+        refuse_dict(name, config)
         temperature, processors = sampling_of(name, config, logits_processor)
         if processors:
             raise ValueError(
@@ -90,7 +91,6 @@ class AncestralSampling:
         with use_attention(model) if runs_on_kernels(model) else nullcontext():
             self._run(chain)
         self.stats = DecodeStats(rule=name, forwards=chain.engine.forwards, row_forwards=chain.row_forwards)
-        self.stats.emitted = new_tokens * len(prompts)
         texts = []
         for b, text in enumerate(chain.texts):
             whole = torch.cat([input_ids[b, : starts[b]].cpu(), text])
@@ -98,6 +98,12 @@ class AncestralSampling:
             ends = range(input_ids.shape[1] + 1, longest)
             end = next((n for n in ends if stopping and bool(stopping(whole[None, :n], None).all())), longest)
             texts.append(whole[:end].to(input_ids.device))
+        streamer = streamer if streamer is not None else callers_streamer()
+        if streamer is not None:  # nothing is final before the end
+            for text in texts:
+                streamer.put(text[input_ids.shape[1] :].cpu())
+            streamer.end()
+        self.stats.emitted = sum(len(text) - input_ids.shape[1] for text in texts)
         return pad_and_stack(texts, pad)
 
     def _run(self, chain: Chain) -> None:
@@ -168,9 +174,8 @@ class Chain:
     def propose(self, row: int, logits: Tensor, step: int, share: float, candidate: int = 0) -> tuple[Tensor, Tensor]:
         """A step's positions i64[m] and tokens i64[m]."""
         at = self.masks(row)
-        places = (at + (candidate << 20))[None].expand(len(self.texts), -1)
-        uniforms = self.noise.uniforms(places, torch.full_like(places, step), Purpose.VERIFY)
-        coins = uniforms[row, :, 0] < share
+        places = at + (candidate << 20)
+        coins = self.noise.row_uniforms(row, places, torch.full_like(places, step), Purpose.VERIFY)[:, 0] < share
         return at[coins], self.draw(row, logits[coins], at[coins], step, candidate)
 
     def put(self, row: int, at: Tensor, tokens: Tensor) -> None:
@@ -267,6 +272,6 @@ class RewardGuidedSampling(AncestralSampling):
         vocabulary = chain.logits[row].shape[1]
         scores = self.reward(torch.nn.functional.one_hot(texts, vocabulary).float()).sum(1)
         share = scores.double().softmax(0).cumsum(0)
-        place = torch.full((len(chain.texts), 1), step)
-        coin = float(chain.noise.uniforms(place, place * 0, Purpose.DRAFT)[row, 0, 0])
+        place = torch.tensor([step])
+        coin = float(chain.noise.row_uniforms(row, place, place * 0, Purpose.DRAFT)[0, 0])
         return min(int((share <= coin).sum()), len(drawn) - 1)

@@ -158,7 +158,7 @@ class Canvas:
         here = slice(self._start, self._start + W)
         at = int((first[0, 0] != self.tokens[here]).int().argmax())
         if self._guessed is not None:
-            self._observe(table, at + self._start, int(first[0, 0, at]))
+            self._observe(at + self._start, int(first[0, 0, at]), table)
         blocks = [(i + self._start - self.origin) // layout.block for i in range(W)]
         masked = torch.nonzero(first[0, 0] == mask_id).flatten().tolist()
         choices = self.choices[here].tolist()
@@ -175,14 +175,14 @@ class Canvas:
         self._counts = torch.ones(1, len(open_) + 1, dtype=torch.int32)
         return states[:, open_].contiguous(), torch.tensor([len(open_)], dtype=torch.int32)
 
-    def _observe(self, table: Chances, position: int, token: int) -> None:
+    def _observe(self, position: int, token: int, table: Chances) -> None:
         """The step after the last accepted guess, seen from the predictions that it was made of."""
         assert self._guessed is not None
         guesser, guesses = self._guessed
         accepted = guesses[self._accepted]
         for step in accepted.steps:
             table.observe(*step)
-        guesser.observe(table, accepted, position - self._offset, token)
+        guesser.observe(accepted, position - self._offset, token)
 
     def take(self, window: Window, found: Predictions) -> list[int]:
         """Learns the predictions of the window's nodes and goes as far as they prove.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from ..attention import use_attention
-from ..decoding.request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts
+from ..decoding.request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Seed, row_seeds
 from ..target import ignores_text
@@ -97,8 +96,7 @@ class BlockDecoder:
         config = generation_config or model.generation_config
         name = type(self).__name__
         check_request(name, config, model_kwargs)
-        if config.return_dict_in_generate:
-            raise ValueError(f"return_dict_in_generate=True is not supported by {name}; it leaves its counts in stats")
+        refuse_dict(name, config)
         starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
         prompts = [input_ids[b, start:].cpu() for b, start in enumerate(starts)]
         temperature, processors = sampling_of(name, config, logits_processor)
@@ -113,7 +111,9 @@ class BlockDecoder:
         sampler = Sampler(layout.spec, layout.rule.score, temperature, noise.position_keys, processors, choices)
         rows = [Canvas(layout, prompt, len(prompt) + new_tokens) for prompt in prompts]
         with use_attention(model) if runs_on_kernels(model) else nullcontext():
+            begun = time.perf_counter()
             run = _Run(rows, self._engine(model, layout, rows), sampler, self.on_state)
+            run.stats.seconds_prefill = time.perf_counter() - begun
             run.padding = [input_ids[b, :start] for b, start in enumerate(starts)]
             run.stopping = stopping
             run.streamer = streamer if streamer is not None else callers_streamer()
@@ -193,7 +193,7 @@ class _Run:
         self.stats = DecodeStats(rule=type(rows[0].layout.rule).__name__, exact=True)
         self.said = [row.prompt for row in rows]  # tokens that the streamer and the criteria have seen
         self.ends = [row.length for row in rows]
-        self.stats.forwards = self.stats.row_forwards = engine.forwards
+        self.stats.row_forwards = engine.forwards * len(rows)  # the prompts'
 
     def decode(self) -> None:
         active = list(range(len(self.rows)))
@@ -240,10 +240,3 @@ class _Run:
                 self.ends[b] = self.said[b]
                 return True
         return row.finished
-
-
-def describe(layout: Layout) -> str:
-    """One line for reports."""
-    options = {key: value for key, value in asdict(layout.rule).items() if value is not None}  # type: ignore[call-overload]
-    said = ", ".join(f"{key} {value}" for key, value in options.items())
-    return f"{type(layout.rule).__name__}({said}), blocks of {layout.block}, cache {layout.cache}"

@@ -159,9 +159,7 @@ class TreeEngine:
 
     def _hold(self, held: Sequence[int]) -> None:
         """What rows build on: nothing, where the whole text is seen anew."""
-        lengths = torch.tensor(held, dtype=torch.int32)
-        if not torch.equal(lengths, self.store.seq_lens):
-            self.store.set_lengths(lengths)
+        self.store.set_lengths(torch.tensor(held, dtype=torch.int32))
 
 
 class CopyEngine(TreeEngine):
@@ -227,7 +225,7 @@ class PlainEngine:
             logits = self.model(input_ids=window.states.to(self.model.device), **options).logits.cpu()
             state, at = (x[window.wanted] for x in window.places)
             found.append(reader.read(row, window, logits[state, at - self.spec.shift]))
-        self.forwards += 1
+        self.forwards += len(windows)
         return found
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:

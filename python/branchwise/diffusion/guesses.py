@@ -94,14 +94,14 @@ class Guesser:
             return 0.0
         return max(min(self._scores[left[1]] / self._scores[left[0]], 1.0), 0.0) if self._scores[left[0]] > 0 else 1.0
 
-    def observe(self, table: Chances, guess: Guess, position: int, token: int) -> None:
+    def observe(self, guess: Guess, position: int, token: int) -> None:
         """The step that was taken after a guess."""
         left = self.left(guess.added)
         if position in left:
             choices = list(self._choices[position])
             place = choices.index(token) if token in choices else TOKENS
             chance = self._chances[position][0]
-            table.observe(len(guess.added) + 1, self.lead(left), left.index(position), chance, place)
+            self._table.observe(len(guess.added) + 1, self.lead(left), left.index(position), chance, place)
 
     def grow(self, count: int, least: float) -> list[Guess]:
         """The likeliest states of a chance of at least ``least``, fewer tokens first; the same state reached in two
