@@ -12,7 +12,7 @@ import transformers as tf
 from branchwise.diffusion import AncestralSampling, RewardGuidedSampling
 from branchwise.diffusion.ancestral import visible
 from branchwise.noise import Noise
-from test_diffusion import MASK, decode, model, prompts
+from test_diffusion import MASK, Streamer, decode, model, prompts
 
 PROMPT = torch.tensor([[5, 6, 7]])
 
@@ -110,6 +110,14 @@ def test_text_ends_at_an_end_token():
     config = tf.GenerationConfig(max_new_tokens=60, do_sample=True, pad_token_id=0, eos_token_id=[3, 9])
     out = AncestralSampling(4, seed=1)(constant_model(p), PROMPT, generation_config=config)[0]
     assert out[-1] == 3 and (out[3:-1] == 2).all()
+
+
+def test_the_text_is_streamed_in_the_end():
+    m, streamer = model("full"), Streamer()
+    out = decode(m, AncestralSampling(5, seed=2), prompts(1)[0], None, streamer=streamer)
+    assert streamer.tokens == out[0].tolist() and streamer.ended
+    with pytest.raises(ValueError, match="return_dict_in_generate=True is not supported by AncestralSampling"):
+        decode(m, AncestralSampling(5), prompts(1)[0], None, return_dict_in_generate=True)
 
 
 # Guidance

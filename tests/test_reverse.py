@@ -11,6 +11,7 @@ import branchwise as bw
 import tiny
 from branchwise.decoding.reverse import FALLBACK, ReverseSpeculative, Trace, write_traces
 from test_big_little import sharp
+from test_diffusion import Streamer
 
 V = 128
 
@@ -182,3 +183,8 @@ def test_refuses():
     }.items():
         with pytest.raises(ValueError, match=message):
             ReverseSpeculative(teacher, **options)
+    student, streamer = sharp()[1], Streamer()
+    with pytest.raises(ValueError, match="it cannot use RepetitionPenaltyLogitsProcessor"):
+        decode(student, ReverseSpeculative(teacher), prompt(), repetition_penalty=1.2)
+    out = decode(student, ReverseSpeculative(teacher, seed=1), prompt(), new=5, streamer=streamer)
+    assert streamer.tokens == out[0].tolist() and streamer.ended
