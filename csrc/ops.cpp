@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "softcap=0.) -> (Tensor, "
       "Tensor)");
   m.def(
+      "cascade_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, "
+      "Tensor page_table, Tensor? tree_mask=None, float? scale=None, int window=0, Tensor? "
+      "sinks=None, float softcap=0.) -> (Tensor, Tensor)");
+  m.def(
       "sparse_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, "
       "Tensor? "
       "indices=None, Tensor? counts=None, int unit=1, Tensor? segment_offsets=None, Tensor? "

@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
     for (int64_t s = first; s < slots; s += split) {
       units.push_back({static_cast<int32_t>(b), static_cast<int32_t>(h),
                        static_cast<int32_t>(t * G), static_cast<int32_t>(end_token * G), s,
-                       std::min(slots, s + split), nullptr, &p, nullptr});
+                       std::min(slots, s + split), nullptr, &p, nullptr, nullptr, 1});
       block_of.push_back(static_cast<int64_t>(first_unit.size()) - 1);
       partial_at.push_back(floats);
       floats += partial_floats((end_token - t) * G, D);

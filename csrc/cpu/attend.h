@@ -1,6 +1,7 @@
-// What tree_attention and sparse_attention share: checks of their common arguments, cutting the
-// work into units, threads.
+// What tree_attention, cascade_attention and sparse_attention share: checks of their common
+// arguments, cutting the work into units, threads.
 #pragma once
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -29,6 +30,15 @@ struct AttentionCall {
   std::vector<int32_t> depths, reach;  // of every node, with a tree mask
   bool empty() const { return B * args.T == 0; }
 };
+
+// Attention to everything: the whole prefix is one run of slots.
+inline Places dense_places(int32_t length, int64_t window) {
+  Places p{};
+  p.prefix = p.new_slot = p.sink = p.recent = length;
+  p.unit = 1;
+  p.window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX));
+  return p;
+}
 
 AttentionCall check_attention(const char* op, const AttentionInputs& in);
 

@@ -13,15 +13,6 @@
 namespace branchwise {
 namespace {
 
-// Attention to everything: the whole prefix is one run of slots.
-Places dense_places(int32_t length, int64_t window) {
-  Places p{};
-  p.prefix = p.new_slot = p.sink = p.recent = length;
-  p.unit = 1;
-  p.window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX));
-  return p;
-}
-
 // Index lists of sparse_attention, checked, as slots or as units of slots.
 struct Lists {
   int64_t tokens = 0, heads = 0, width = 0;  // of indices [B, tokens, heads, width]

@@ -1,5 +1,5 @@
-// branchwise._host: data structures of the drafters; numpy arrays and ints in and out, the GIL
-// released around the work.
+// branchwise._host: data structures of the drafters and of the KV tree; numpy arrays and ints in
+// and out, the GIL released around work that takes time.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,12 +8,17 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
+
 #include "host/merge_drafts.h"
+#include "host/page_pool.h"
 #include "host/suffix_drafts.h"
 #include "host/token_trie.h"
 
 namespace py = pybind11;
+using branchwise::Branch;
 using branchwise::Draft;
+using branchwise::PagePool;
 using branchwise::SuffixDrafts;
 using branchwise::SuffixOptions;
 using branchwise::TokenTrie;
@@ -97,6 +102,21 @@ void bind_requests(py::class_<Store>& store) {
       .def("end", &Store::end, py::arg("request"), py::call_guard<py::gil_scoped_release>());
 }
 
+// Page tables i32[n, longest] of some branches, -1 behind their last pages, and lengths i32[n].
+py::tuple page_table(const PagePool& pool, const std::vector<Branch>& branches) {
+  size_t width = 0;
+  for (const Branch branch : branches) width = std::max(width, pool.pages(branch).size());
+  const auto n = static_cast<py::ssize_t>(branches.size());
+  py::array_t<int32_t> table({n, static_cast<py::ssize_t>(width)}), lengths(n);
+  for (py::ssize_t i = 0; i < n; ++i) {
+    const std::vector<int32_t>& pages = pool.pages(branches[i]);
+    int32_t* row = table.mutable_data() + i * static_cast<py::ssize_t>(width);
+    std::fill(std::copy(pages.begin(), pages.end(), row), row + width, -1);
+    lengths.mutable_data()[i] = static_cast<int32_t>(pool.length(branches[i]));
+  }
+  return py::make_tuple(table, lengths);
+}
+
 // Asks for large pages behind [address, address + bytes), as far as whole ones fit: random access
 // to a cache of many megabytes otherwise waits for address translation. A hint, and nothing but.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
@@ -116,6 +136,31 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side data structures of branchwise (no torch).";
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def("merge_drafts", &merge, py::arg("drafts"), py::arg("budget"));
+  py::class_<PagePool>(m, "PagePool")
+      .def(py::init<int32_t>(), py::arg("page_size"))
+      .def("root", &PagePool::root)
+      .def("fork", &PagePool::fork, py::arg("branch"), py::arg("n"))
+      .def("prune", &PagePool::prune, py::arg("branches"))
+      .def("resample", &PagePool::resample, py::arg("branches"), py::arg("ancestors"))
+      .def(
+          "reserve",
+          [](PagePool& self, const std::vector<Branch>& branches, int64_t slots) {
+            std::vector<std::pair<int32_t, int32_t>> copies;
+            for (const auto& [from, to] : self.reserve(branches, slots))
+              copies.emplace_back(from, to);
+            return copies;
+          },
+          py::arg("branches"), py::arg("slots"))
+      .def("set_length", &PagePool::set_length, py::arg("branch"), py::arg("length"))
+      .def("length", &PagePool::length, py::arg("branch"))
+      .def("page_table", &page_table, py::arg("branches"))
+      .def("references", &PagePool::references, py::arg("page"))
+      .def("compact", &PagePool::compact)
+      .def_property_readonly("branches", &PagePool::branches)
+      .def_property_readonly("page_size", &PagePool::page_size)
+      .def_property_readonly("size", &PagePool::size)
+      .def_property_readonly("num_free", &PagePool::num_free);
+
   py::class_<TokenTrie> trie(m, "TokenTrie");
   bind_requests(trie);
   trie.def(py::init([](std::vector<int32_t> eos, int32_t branch_length, int32_t query_length,

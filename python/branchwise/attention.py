@@ -57,21 +57,16 @@ class LayerCall:
     softcap: float
     lens: Tensor  # i32[B] or i32[B, Hkv], slots before the new tokens
     page_table: Tensor | None
+    shares_pages: bool = False  # rows may have pages in common
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Attention to all slots that are left: out [B, Hq, T, D], lse f32[B, Hq, T]."""
-        return ops.tree_attention(
-            self.query,
-            self.keys,
-            self.values,
-            self.lens,
-            self.plan.tree_mask,
-            page_table=self.page_table,
-            scale=self.scale,
-            window=self.window,
-            sinks=self.sinks,
-            softcap=self.softcap,
-        )
+        where = self.query, self.keys, self.values, self.lens
+        options: dict[str, Any] = dict(scale=self.scale, window=self.window, sinks=self.sinks, softcap=self.softcap)
+        if self.shares_pages:
+            assert self.page_table is not None
+            return ops.cascade_attention(*where, self.page_table, self.plan.tree_mask, **options)
+        return ops.tree_attention(*where, self.plan.tree_mask, page_table=self.page_table, **options)
 
     def sparse(self, indices: Tensor | None, counts: Tensor | None, **options: Any) -> Tensor:
         """:func:`branchwise.ops.sparse_attention` to a part of them: out [B, Hq, T, D]."""
@@ -127,6 +122,7 @@ def attention_forward(
     plan.calls += 1
     index = getattr(module, "layer_idx", 0)
     layer = plan.store.layers[index] if plan.kv is not None and plan.store is not None else None
+    shared = None if plan.store is None else plan.store.shared_pages
     call = LayerCall(
         index,
         query,
@@ -138,7 +134,8 @@ def attention_forward(
         None if s_aux is None else s_aux.detach().float().contiguous(),
         softcap or 0.0,
         plan.seq_lens if layer is None else layer.lens,
-        None if layer is None else layer.page_table,
+        shared if layer is None else layer.page_table,
+        shared is not None,
     )
     out = call.dense()[0] if plan.kv is None else plan.kv.attend(call)
     return out.transpose(1, 2), None

@@ -76,6 +76,8 @@ class KVStore(Cache):
         capacity: slots per row to allocate at first.
     """
 
+    shared_pages: Tensor | None = None  # i32[B, N], the page table of all layers where rows have pages in common
+
     def __init__(self, batch_size: int, capacity: int = _SLOT_STEP) -> None:
         if batch_size < 1 or capacity < 1:
             raise ValueError(f"batch_size and capacity must be at least 1, got {batch_size} and {capacity}")

@@ -32,15 +32,19 @@ void run_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query
   }
 }
 
+template <typename T>
+const T* query_row(const AttentionArgs& a, const AttentionUnit& u, int64_t r) {
+  const int64_t G = a.Hq / a.Hkv;
+  const auto [batch, row] = unit_row(u, r);
+  return static_cast<const T*>(a.query) + batch * a.q_stride[0] +
+         (u.kv_head * G + row % G) * a.q_stride[1] + row / G * a.q_stride[2];
+}
+
 void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
   by_kernel(a, [&](auto type, auto product) {
     using T = decltype(type);
-    const int64_t G = a.Hq / a.Hkv;
-    pack_query<T, decltype(product)>(u.row_end - u.row_begin, a.D, scratch, [&](int64_t r) {
-      const int64_t row = u.row_begin + r;
-      return static_cast<const T*>(a.query) + u.batch * a.q_stride[0] +
-             (u.kv_head * G + row % G) * a.q_stride[1] + row / G * a.q_stride[2];
-    });
+    pack_query<T, decltype(product)>(u.row_end - u.row_begin, a.D, scratch,
+                                     [&](int64_t r) { return query_row<T>(a, u, r); });
     float* rest = scratch + query_floats(u.row_end - u.row_begin, a.D);
     run_rows<T, decltype(product)>(a, u, scratch, rest);
   });
@@ -52,6 +56,29 @@ void merge_units(const AttentionArgs& a, const AttentionUnit* units, int64_t cou
       merge_few_rows<decltype(type)>(a, units, count);
     else
       merge_many_rows<decltype(type)>(a, units, count);
+  });
+}
+
+void run_shared(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
+  by_kernel(a, [&](auto type, auto product) {
+    using T = decltype(type);
+    const int64_t rows = u.rows();
+    pack_many_rows<T, decltype(product)>(rows, a.D, scratch,
+                                         [&](int64_t r) { return query_row<T>(a, u, r); });
+    AttentionUnit lanes = u;
+    lanes.partial = scratch + scratch_floats(rows, a.D);
+    run_many_rows<T, decltype(product)>(a, lanes, scratch, scratch + query_floats(rows, a.D));
+    transpose_partial(lanes.partial, rows, a.D, u.partial);
+  });
+}
+
+void merge_shared(const AttentionArgs& a, int64_t batch, const AttentionUnit* units,
+                  const SharedPiece* pieces, int64_t count) {
+  by_type(a.type, [&](auto type) {
+    merge_rows<decltype(type)>(a, batch, units[pieces[0].unit], count, [&](int64_t s) {
+      const AttentionUnit& u = units[pieces[s].unit];
+      return RowPartial{u.partial, u.rows(), pieces[s].place * int64_t{u.row_end - u.row_begin}};
+    });
   });
 }
 
@@ -83,6 +110,7 @@ void merge_pair(const MergeArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {run_unit, merge_units, merge_pair};
+const AttentionKernels attention_kernels = {run_unit, merge_units, merge_pair, run_shared,
+                                            merge_shared};
 
 }  // namespace branchwise::BW_ISA

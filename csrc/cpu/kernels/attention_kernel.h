@@ -77,6 +77,20 @@ struct AttentionUnit {
   float* partial;                // partial_floats(rows, D) floats
   const Places* places;
   const AttentionUnit* following;  // likely this thread's next, or nullptr
+  // A unit that several batch rows share: packed rows row_begin to row_end - 1 of each, one batch
+  // row after the other, `batch` the first of them. Then places[b - batch] are those of row b, and
+  // all see the unit's slots in the same pages.
+  const int32_t* batches;  // ascending; nullptr: `batch` alone
+  int32_t num_batches;
+
+  [[gnu::always_inline]] int64_t rows() const {
+    return int64_t{row_end - row_begin} * (batches != nullptr ? num_batches : 1);
+  }
+};
+
+// What a shared unit computed for one batch row: its place among the unit's.
+struct SharedPiece {
+  int32_t unit, place;
 };
 
 constexpr int64_t kKeyTile = 64;       // slots handled together; their scores stay in L1
@@ -112,12 +126,23 @@ struct MergeArgs {
   int64_t D;
 };
 
+// Floats that a thread needs for a shared unit.
+inline int64_t shared_scratch_floats(int64_t rows, int64_t D) {
+  return scratch_floats(rows, D) + partial_floats(rows, D);
+}
+
 struct AttentionKernels {
   // Leaves the unit's partial result; scratch has scratch_floats(rows, D) floats.
   void (*run_unit)(const AttentionArgs&, const AttentionUnit&, float* scratch);
   // Merges `count` partial results of one row block, in order, into out and lse.
   void (*merge_units)(const AttentionArgs&, const AttentionUnit* first, int64_t count);
   void (*merge_pair)(const MergeArgs&, int64_t begin, int64_t end);
+  // The same for shared units. What a row gets depends neither on the other rows of its units nor
+  // on their number. Partial results lie row after row.
+  void (*run_shared)(const AttentionArgs&, const AttentionUnit&, float* scratch);
+  // Merges what units[pieces[i].unit] hold of a batch row, in order.
+  void (*merge_shared)(const AttentionArgs&, int64_t batch, const AttentionUnit* units,
+                       const SharedPiece* pieces, int64_t count);
 };
 
 namespace baseline {

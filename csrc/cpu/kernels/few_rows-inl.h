@@ -147,7 +147,7 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   int64_t low[R], node[R], lowest = INT64_MAX, highest = 0;
   for (int r = 0; r < R; ++r) {
     node[r] = node_of(a, u.row_begin + r);
-    low[r] = first_position(a, u, node[r]);
+    low[r] = first_position(a, u, u.batch, node[r]);
     lowest = low[r] < lowest ? low[r] : lowest;
     highest = low[r] > highest ? low[r] : highest;
   }
@@ -210,33 +210,49 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   }
 }
 
-// Merges the splits of one block, in order.
-template <typename T>
-void merge_few_rows(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
-  const AttentionUnit& u = units[0];
-  const int64_t G = a.Hq / a.Hkv, R = u.row_end - u.row_begin, ld = few_rows_stride(a.D);
-  for (int64_t r = 0; r < R; ++r) {
+// Partial results of rows that lie one after another: of `rows` rows, those from `first` on.
+struct RowPartial {
+  float* partial;
+  int64_t rows, first;
+  float* out(int64_t r, int64_t ld) const { return partial + (first + r) * ld; }
+  float& top(int64_t r, int64_t ld) const { return partial[rows * ld + first + r]; }
+  float sum(int64_t r, int64_t ld) const { return partial[rows * ld + rows + first + r]; }
+};
+
+// Merges `count` partial results part(s) of packed rows row_begin to row_end - 1, in order.
+template <typename T, typename F>
+void merge_rows(const AttentionArgs& a, int64_t batch, const AttentionUnit& u, int64_t count,
+                const F& part) {
+  const int64_t G = a.Hq / a.Hkv, ld = few_rows_stride(a.D);
+  for (int64_t r = 0; r < u.row_end - u.row_begin; ++r) {
     const int64_t row = u.row_begin + r, head = u.kv_head * G + row % G;
-    const auto top_of = [&](int64_t s) -> float& { return units[s].partial[R * ld + r]; };
     const float sink = a.sinks != nullptr ? a.sinks[head] * kLog2e : -kInf;
     float top = sink;
-    for (int64_t s = 0; s < count; ++s) top = top_of(s) > top ? top_of(s) : top;
+    for (int64_t s = 0; s < count; ++s) top = part(s).top(r, ld) > top ? part(s).top(r, ld) : top;
     const float shift = top == -kInf ? 0.f : top;
     float sum = exp2(sink - shift);
     for (int64_t s = 0; s < count; ++s) {
-      const float weight = exp2(top_of(s) - shift);
-      sum += units[s].partial[R * ld + R + r] * weight;
-      top_of(s) = weight;  // the maxima are not needed again
+      const float weight = exp2(part(s).top(r, ld) - shift);
+      sum += part(s).sum(r, ld) * weight;
+      part(s).top(r, ld) = weight;  // the maxima are not needed again
     }
-    const int64_t at = (u.batch * a.Hq + head) * a.T + row / G;
+    const int64_t at = (batch * a.Hq + head) * a.T + row / G;
     a.lse[at] = sum > 0.f ? (top + __builtin_log2f(sum)) * kLn2 : -kInf;
     const float inverse = sum > 0.f ? 1.f / sum : 0.f;
     for (int64_t d = 0; d < a.D; d += kLanes) {
       f32v acc = {};
-      for (int64_t s = 0; s < count; ++s) acc += load(units[s].partial + r * ld + d) * top_of(s);
+      for (int64_t s = 0; s < count; ++s) acc += load(part(s).out(r, ld) + d) * part(s).top(r, ld);
       const int64_t left = a.D - d;
       store_narrow(static_cast<T*>(a.out) + at * a.D + d, acc * inverse,
                    left < kLanes ? left : kLanes);
     }
   }
+}
+
+// Merges the splits of one block, in order.
+template <typename T>
+void merge_few_rows(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
+  merge_rows<T>(a, units->batch, *units, count, [&](int64_t s) {
+    return RowPartial{units[s].partial, units->row_end - units->row_begin, 0};
+  });
 }

@@ -239,7 +239,7 @@ inline void for_each_group(int64_t rows, F f) {
 template <typename T, typename M>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                    float* scratch) {
-  const int64_t rows = u.row_end - u.row_begin, padded = padded_rows(rows);
+  const int64_t rows = u.rows(), padded = padded_rows(rows);
   float* scores = scratch;
   float* converted = scores + kKeyTile * 3 * kRowPad;
   int32_t* ints = reinterpret_cast<int32_t*>(converted + 2 * kKeyTile * a.D);
@@ -251,9 +251,10 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   int32_t highest_low = 0, lowest_low = INT32_MAX;
   for (int64_t r = 0; r < padded; ++r) {
     // Padding lanes repeat the last row: finite numbers, never read.
-    const int64_t node = node_of(a, u.row_begin + (r < rows ? r : rows - 1));
+    const UnitRow row = unit_row(u, r < rows ? r : rows - 1);
+    const int64_t node = node_of(a, row.packed);
     all.node[r] = static_cast<int32_t>(node);
-    all.low[r] = first_position(a, u, node);
+    all.low[r] = first_position(a, u, row.batch, node);
     all.word[r] = 0;
     highest_low = all.low[r] > highest_low ? all.low[r] : highest_low;
     lowest_low = all.low[r] < lowest_low ? all.low[r] : lowest_low;
@@ -335,4 +336,24 @@ void merge_many_rows(const AttentionArgs& a, const AttentionUnit* units, int64_t
       }
     }
   });
+}
+
+// Partial results of many rows, as run_many_rows leaves them, to where they lie row after row.
+inline void transpose_partial(const float* partial, int64_t rows, int64_t D, float* to) {
+  const int64_t padded = padded_rows(rows), ld_to = few_rows_stride(D);
+  for_each_group(rows, [&](int64_t first, int nv) {
+    const int64_t ld = nv * kLanes;
+    for (int64_t i = 0; i < ld && first + i < rows; i += kLanes) {
+      const int64_t lanes = rows - first - i < kLanes ? rows - first - i : kLanes;
+      for (int64_t d = 0; d < D; d += kLanes) {
+        f32v block[kLanes] = {};
+        for (int64_t j = 0; j < kLanes && d + j < D; ++j)
+          block[j] = load(partial + first * D + (d + j) * ld + i);
+        transpose(block);
+        for (int64_t l = 0; l < lanes; ++l) store(to + (first + i + l) * ld_to + d, block[l]);
+      }
+    }
+  });
+  __builtin_memcpy(to + rows * ld_to, partial + D * padded, sizeof(float) * rows);
+  __builtin_memcpy(to + rows * ld_to + rows, partial + (D + 1) * padded, sizeof(float) * rows);
 }

@@ -127,11 +127,22 @@ class Prefetcher {
   const char *line_ = nullptr, *end_ = nullptr;
 };
 
-// The first position that a node sees under a window.
-inline int32_t first_position(const AttentionArgs& a, const AttentionUnit& u, int64_t node) {
-  const Places& p = *u.places;
+// A row of a unit: the batch row that it belongs to, and which of its packed rows it is.
+struct UnitRow {
+  int64_t batch, packed;
+};
+inline UnitRow unit_row(const AttentionUnit& u, int64_t r) {
+  const int64_t each = u.row_end - u.row_begin;
+  if (u.batches == nullptr) return {u.batch, u.row_begin + r};
+  return {u.batches[r / each], u.row_begin + r % each};
+}
+
+// The first position that a node of a unit's batch row sees under a window.
+inline int32_t first_position(const AttentionArgs& a, const AttentionUnit& u, int64_t batch,
+                              int64_t node) {
+  const Places& p = u.places[batch - u.batch];
   if (p.window == 0) return 0;
-  const int64_t depth = a.depths != nullptr ? a.depths[u.batch * a.N + node] : node;
+  const int64_t depth = a.depths != nullptr ? a.depths[batch * a.N + node] : node;
   const int64_t low = p.new_slot + depth - p.window + 1;
   return low > 0 ? static_cast<int32_t>(low) : 0;
 }
@@ -146,6 +157,7 @@ inline WindowCut cut_window(const AttentionArgs& a, const AttentionUnit& u, int6
                             int64_t highest) {
   const Places& p = *u.places;
   if (p.window == 0) return {u.slot_begin, 0};
+  if (u.batches != nullptr) return {u.slot_begin, highest};  // tiles must not depend on other rows
   if (p.sink < p.prefix)  // ranges: cut already to what the lowest row sees
     return {u.slot_begin, highest > lowest ? p.prefix : 0};
   // In a tree, nodes are never skipped, since a node's position is not its slot.

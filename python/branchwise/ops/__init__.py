@@ -5,7 +5,7 @@ reference that the tests use as oracle.
 """
 
 from ._load import CUDA_LOADED, ISA_LEVELS, LIBRARY_DIR, cpu_isa, set_cpu_isa
-from .attention import merge_attention, tree_attention
+from .attention import cascade_attention, merge_attention, tree_attention
 from .diffusion import confidence, draft_blocks, verify_blocks
 from .draft import top_tokens
 from .fetch import fetch_slots
@@ -33,6 +33,7 @@ __all__ = [
     "append_kv",
     "attention_mass",
     "build_tree",
+    "cascade_attention",
     "commit_kv",
     "confidence",
     "cpu_isa",

@@ -67,6 +67,50 @@ def _(query, key_cache, value_cache, seq_lens, tree_mask=None, *options, **named
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+def cascade_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    tree_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`tree_attention` over a paged cache, where rows that share pages read them once.
+
+    Rows that continue one text, such as the branches of a search, name the same pages for what they have in common.
+    The op finds that in the page table, 256 slots at a time; nothing has to be planned, and sharing may be of any
+    shape: one prefix for all, groups of groups, or none.
+
+    Args:
+        query, key_cache, value_cache, seq_lens, tree_mask, scale, window, sinks, softcap: as
+            :func:`tree_attention` takes them; caches [pages, Hkv, page_size, D], whose page size divides 256.
+        page_table: i32[B, N]. The new tokens' pages must be the row's own.
+
+    Returns:
+        ``out`` [B, Hq, T, D] and ``lse`` f32[B, Hq, T] as :func:`tree_attention` does, up to rounding. Bit-equal for
+        any number of threads, any batch, and whatever rows share: a row's result is that of the row alone.
+
+    Raises:
+        RuntimeError: a shape, dtype, length, page or mask bit breaks the rules; nothing is read then.
+
+    Source: card shared-prefix-search (Hydragen, DeFT; chunks of equal size regardless of where texts part).
+    """
+    refuse_grad("cascade_attention", query, key_cache, value_cache, sinks)
+    return torch.ops.branchwise.cascade_attention.default(
+        query, key_cache, value_cache, seq_lens, page_table, tree_mask, scale, window, sinks, softcap
+    )
+
+
+@torch.library.register_fake("branchwise::cascade_attention")
+def _(query, key_cache, value_cache, seq_lens, page_table, *options, **named_options):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
 def tree_attention_reference(
     query: Tensor,
     key_cache: Tensor,
