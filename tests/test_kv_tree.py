@@ -155,17 +155,19 @@ def test_sixteen_branches_store_the_prefix_once():
     grove = Grove("llama", 16)
     root = grove.root()
     grove.append([root], [[5] * 1000])
-    before = grove.tree.num_bytes
+    before = grove.tree.used_bytes
     branches = grove.fork(root, 16)
     grove.prune([root])
-    assert grove.tree.num_bytes == before
+    assert grove.tree.used_bytes == before
     for i in range(40):
         grove.append(branches, [[3 + b % 50 + i] for b in range(16)])
     tokens = 1000 + 16 * 40
     config = grove.model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert grove.tree.num_pages == grove.pages_needed() == 62 + 16 * 3  # 8 slots are copied into each branch's own
-    assert grove.tree.num_bytes <= per_token * tokens * 1.20  # half a page for each of 16 short tails
+    assert grove.tree.used_bytes == grove.tree.num_pages * 16 * per_token <= per_token * tokens * 1.10
+    grove.tree.shrink()
+    assert grove.tree.num_bytes == grove.tree.used_bytes
     grove.check()
 
 

@@ -7,15 +7,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .cache import KVStore as KVStore
+    from .decoding import AStar as AStar
     from .decoding import Auto as Auto
+    from .decoding import BestOfMajority as BestOfMajority
+    from .decoding import BestOfN as BestOfN
     from .decoding import BigLittle as BigLittle
     from .decoding import DecodeStats as DecodeStats
     from .decoding import EarlyExitLossy as EarlyExitLossy
+    from .decoding import EarlyRejection as EarlyRejection
+    from .decoding import Monitor as Monitor
+    from .decoding import ParticleFilter as ParticleFilter
     from .decoding import PositionKeyedSampler as PositionKeyedSampler
     from .decoding import ReverseSpeculative as ReverseSpeculative
+    from .decoding import ShortMAtK as ShortMAtK
+    from .decoding import StepEnd as StepEnd
     from .decoding import TreeSpeculation as TreeSpeculation
     from .decoding import TreeSpeculationOutput as TreeSpeculationOutput
     from .generate import generate as generate
+    from .kv_tree import KVTree as KVTree
     from .patching import patch as patch
     from .patching import sparse_kv as sparse_kv
     from .patching import unpatch as unpatch
@@ -34,7 +43,16 @@ _HOME = {
     "ReverseSpeculative": "decoding",
     "TreeSpeculation": "decoding",
     "TreeSpeculationOutput": "decoding",
+    "AStar": "decoding",
+    "BestOfMajority": "decoding",
+    "BestOfN": "decoding",
+    "EarlyRejection": "decoding",
+    "Monitor": "decoding",
+    "ParticleFilter": "decoding",
+    "ShortMAtK": "decoding",
+    "StepEnd": "decoding",
     "generate": "generate",
+    "KVTree": "kv_tree",
     "patch": "patching",
     "sparse_kv": "patching",
     "unpatch": "patching",

@@ -12,7 +12,6 @@ from transformers.cache_utils import CacheLayerMixin
 from . import ops
 from ._host import PagePool
 from .cache import KVStore
-from .pages import empty_slots
 
 
 class TreeLayer(CacheLayerMixin):
@@ -41,12 +40,12 @@ class TreeLayer(CacheLayerMixin):
         old, needed = len(self.keys), self.tree.pool.size
         if needed <= old:
             return
-        # A little more than needed: one page at a time would copy the pool for every one.
-        size = max(needed, old + old // 32)
+        # Half as many again: growing copies the pool. Small pages of the system, so that what is not used yet takes
+        # none of its memory.
         for name in ("keys", "values"):
             pages = getattr(self, name)
-            grown = empty_slots(pages, (size, *pages.shape[1:]))
-            grown[:old], grown[old:] = pages, 0
+            grown = pages.new_empty(needed + needed // 2, *pages.shape[1:])
+            grown[:old] = pages
             setattr(self, name, grown)
 
     def get_seq_length(self) -> int:
@@ -86,7 +85,7 @@ class KVTree(KVStore):
     Source: card shared-prefix-search ("KV tree"); pages with reference counts take the place of its segments.
     """
 
-    def __init__(self, page_size: int = 16) -> None:
+    def __init__(self, page_size: int = 8) -> None:
         super().__init__(1)
         if page_size < 1 or 256 % page_size:
             raise ValueError(f"page_size must divide 256, got {page_size}")
@@ -199,6 +198,12 @@ class KVTree(KVStore):
     def num_pages(self) -> int:
         """That some branch holds."""
         return self.pool.size - self.pool.num_free
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the pages that some branch holds; ``num_bytes`` counts all that there is room for."""
+        per_page = sum(2 * layer.keys.nbytes // max(len(layer.keys), 1) for layer in self._initialized())
+        return self.num_pages * per_page
 
     def _note_lengths(self, seq_lens: Tensor) -> None:
         self.seq_lens = self.append_at = seq_lens

@@ -51,16 +51,21 @@ class Noise:
     """
 
     def __init__(self, seeds: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
-        keys, rows = [], []
+        keys = [_key(seed, prompt) for seed, prompt in zip(seeds, prompts, strict=True)]
         seen: Counter[int] = Counter()
-        for seed, prompt in zip(seeds, prompts, strict=True):
-            digest = hashlib.blake2b((seed % 2**64).to_bytes(8, "little"), digest_size=8)
-            digest.update(np.ascontiguousarray(prompt, np.int32).tobytes())
-            key = int.from_bytes(digest.digest(), "little", signed=True)
-            keys.append(key)
+        rows = []
+        for key in keys:
             rows.append(seen[key])
             seen[key] += 1
         self._keys, self._rows = torch.tensor(keys), torch.tensor(rows)
+
+    @classmethod
+    def numbered(cls, seed: int, prompt: Tensor, numbers: Sequence[int]) -> Noise:
+        """Of texts that continue one prompt i64[n]: text i draws as row ``numbers[i]`` of many equal prompts."""
+        noise = cls([], [])
+        noise._keys = torch.full((len(numbers),), _key(seed, prompt.numpy()))
+        noise._rows = torch.tensor(list(numbers))
+        return noise
 
     def keep(self, rows: Sequence[int]) -> None:
         """The other rows have finished."""
@@ -93,3 +98,9 @@ class Noise:
         rounds = lengths[:, None].expand(-1, count).contiguous()
         nodes = torch.arange(count).expand(len(lengths), -1).contiguous()
         return ops.node_uniforms(self._keys, self._rows, rounds, nodes, purpose)
+
+
+def _key(seed: int, prompt: np.ndarray) -> int:
+    digest = hashlib.blake2b((seed % 2**64).to_bytes(8, "little"), digest_size=8)
+    digest.update(np.ascontiguousarray(prompt, np.int32).tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)

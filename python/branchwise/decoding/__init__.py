@@ -3,21 +3,33 @@
 from .auto import Auto
 from .bandit import Bandit
 from .big_little import BigLittle
+from .branches import StepEnd
 from .early_exit import EarlyExitLossy
+from .guided import AStar, EarlyRejection, ParticleFilter
 from .keyed_sampler import PositionKeyedSampler
+from .monitor import Monitor
 from .reverse import ReverseSpeculative
 from .stats import DecodeStats
 from .tree_run import TreeSpeculationOutput
 from .tree_speculation import TreeSpeculation
+from .votes import BestOfMajority, BestOfN, ShortMAtK
 
 __all__ = [
+    "AStar",
     "Auto",
     "Bandit",
+    "BestOfMajority",
+    "BestOfN",
     "BigLittle",
     "DecodeStats",
     "EarlyExitLossy",
+    "EarlyRejection",
+    "Monitor",
+    "ParticleFilter",
     "PositionKeyedSampler",
     "ReverseSpeculative",
+    "ShortMAtK",
+    "StepEnd",
     "TreeSpeculation",
     "TreeSpeculationOutput",
 ]

@@ -35,6 +35,14 @@ class DecodeStats:
     seconds_verify: float = 0.0
     accepted_flags: list[list[bool]] = field(default_factory=list, repr=False)
 
+    def add(self, other: DecodeStats) -> None:
+        """Counts and seconds of another run of the same rule; flags are those of rows and stay apart."""
+        self.rule, self.exact = other.rule, other.exact
+        for name in ("forwards", "row_forwards", "drafted", "accepted", "emitted"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("seconds_prefill", "seconds_draft", "seconds_forward", "seconds_verify"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     @property
     def tokens_per_forward(self) -> float:
         """Mean tokens a running row gains per forward; 1 is plain decoding."""

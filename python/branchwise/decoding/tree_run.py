@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..kv import KVSession, policy_of
 from ..noise import Noise, Purpose
 from ..target import Target, ignores_text
 from ..tree import DrawKind, RowTree, TokenTree
+from .monitor import Monitor
 from .proposals import check_proposals
 from .request import pad_and_stack
 from .stats import DecodeStats
@@ -35,7 +36,16 @@ class TreeSpeculationOutput(GenerateDecoderOnlyOutput):
 
 
 class TreeRun:
-    """One ``generate`` call. Rows that finish leave the batch; ``rows[i]`` is the original row of batch index i."""
+    """One ``generate`` call, or a part of one. Rows that finish leave the batch; ``rows[i]`` is the original row of
+    batch index i.
+
+    Args:
+        stopping: of each row; sees the row's text alone.
+        monitor: is told of every round, and may end the run after any.
+        enough: asked after every round, given the tokens i64[n] that each row got and whether it has ended; True ends
+            the run.
+        keep_rows: rows that finish stay in the batch, so that all forwards have as many.
+    """
 
     def __init__(
         self,
@@ -44,38 +54,64 @@ class TreeRun:
         rule: Rule,
         processors: Sequence[Any],
         noise: Noise,
-        stopping: StoppingCriteriaList,
+        stopping: Sequence[StoppingCriteriaList],
         streamer: Any,
         max_nodes: int,
         cost: CostModel,
         sizer: TreeSizer | None,
+        monitor: Monitor | None = None,
+        enough: Callable[[Sequence[tuple[Tensor, bool]]], bool] | None = None,
+        keep_rows: bool = False,
     ) -> None:
         self.model, self.config, self.rule, self.processors, self.noise = model, config, rule, processors, noise
         self.stopping, self.streamer, self.max_nodes = stopping, streamer, max_nodes
-        self.cost, self.sizer = cost, sizer
+        self.cost, self.sizer, self.monitor, self.enough = cost, sizer, monitor, enough
+        self.texts: list[Tensor] = []
+        self.lengths: list[int] = []
         self.stats = DecodeStats(rule=rule.name, exact=rule.exact)
-        self.keep_finished = bool(config.return_dict_in_generate)  # the returned cache must hold every row
-        self.keep_scores = self.keep_finished and bool(config.output_scores or config.output_logits)
+        returns_cache = bool(config.return_dict_in_generate)  # which must hold every row
+        self.keep_rows = keep_rows or returns_cache
+        self.keep_scores = returns_cache and bool(config.output_scores or config.output_logits)
 
-    def decode(self, drafter: Drafter, input_ids: Tensor, prompts: list[Tensor]) -> Tensor | TreeSpeculationOutput:
-        B, length = input_ids.shape
+    def decode(
+        self,
+        drafter: Drafter,
+        texts: Sequence[Tensor],
+        padding: Sequence[int],
+        longest: Sequence[int],
+        store: KVStore | None = None,
+        idle: Sequence[int] = (),
+    ) -> None:
+        """Runs until every row has ended; the texts are in ``texts`` and ``lengths`` then.
+
+        Args:
+            texts: per row, i64[n_b] tokens, at least one behind the padding.
+            padding: tokens at the front of each text that are none of its own.
+            longest: where each row ends, padding included.
+            store: holds the first tokens of each row already, all but the last one at most; None: a new one.
+            idle: rows that have ended from the start and only fill the batch.
+        """
+        B = len(texts)
+        prompts = [text[start:] for text, start in zip(texts, padding, strict=True)]
         sampling = bool(self.config.do_sample)
         self.draws = drafter.draws if sampling else DrawKind.DETERMINISTIC
         self.needs = drafter.needs
-        self.padding = [length - len(prompt) for prompt in prompts]
-        self.max_length = self.stopping.max_length or self.config.max_length
-        # Texts as plain generate's processors and criteria see them, padding included.
-        room = max(self.max_length, length) + self.max_nodes + 1
-        self.texts = [torch.nn.functional.pad(input_ids[b : b + 1], (0, room - length)) for b in range(B)]
-        self.lengths = [length] * B
+        self.padding, self.longest = padding, longest
+        self.lengths = [len(text) for text in texts]
+        self.begun = list(self.lengths)
+        # As plain generate's processors and criteria see them, padding included.
+        rooms = [max(pair) + self.max_nodes + 1 for pair in zip(self.longest, self.lengths, strict=True)]
+        self.texts = [
+            torch.nn.functional.pad(text[None], (0, room - len(text))) for text, room in zip(texts, rooms, strict=True)
+        ]
         self.scores: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(B)]
         self.stats.accepted_flags = [[] for _ in range(B)]
         self.rows = list(range(B))
-        self.finished = [False] * B
+        self.finished = [row in idle for row in range(B)]
 
-        new_tokens = max(self.max_length - length, 1)
-        capacity = max(len(prompt) for prompt in prompts) + min(new_tokens, 512) + self.max_nodes
-        store = KVStore(B, capacity)
+        if store is None:
+            most = max(room - length for room, length in zip(rooms, self.lengths, strict=True))
+            store = KVStore(B, max(map(len, prompts)) + min(most, 512 + self.max_nodes))
         policy = policy_of(self.model)
         self.kv = KVSession(self.model, store) if policy is None else policy.begin(self.model, store)
         self.target = StoredModel(
@@ -92,14 +128,14 @@ class TreeRun:
             sampling=sampling,
             warpers=[processor for processor in self.processors[0] if ignores_text(processor)],
             target=self.model,
-            # What the store holds under a policy is the policy's business.
-            store=store if policy is None else None,
+            # What the store holds under a policy is the policy's business, and a tree's pages are shared.
+            store=store if policy is None and store.shared_pages is None else None,
         )
         try:
             session = drafter.begin(request)
             try:
                 self.prefill(prompts, session)
-                while self.rows and not all(self.finished):
+                while self.rows and not all(self.finished) and not self.stopped():
                     self.round(session)
             finally:
                 session.close()
@@ -107,12 +143,22 @@ class TreeRun:
             self.kv.close()
         if self.streamer is not None:
             self.streamer.end()
-        return self.result()
+
+    def stopped(self) -> bool:
+        """From outside, before all rows have ended."""
+        if self.monitor is not None and self.monitor.cancelled:
+            return True
+        if self.enough is None:
+            return False
+        running = {row for row, done in zip(self.rows, self.finished, strict=True) if not done}
+        ends = zip(self.texts, self.begun, self.lengths, strict=True)
+        return self.enough([(text[0, a:b], row not in running) for row, (text, a, b) in enumerate(ends)])
 
     def prefill(self, prompts: list[Tensor], session: DraftSession) -> None:
-        """Runs the prompts, ragged and without their padding, and emits the first token of every row."""
+        """Runs what the store lacks of the prompts, ragged and without padding, and emits every row's first token."""
         begun = time.perf_counter()
-        logits = self.kv.prefill(self.target, prompts)
+        held = self.target.store.seq_lens.tolist()
+        logits = self.kv.prefill(self.target, [prompt[n:] for prompt, n in zip(prompts, held, strict=True)])
         self.stats.forwards += self.target.forwards
         self.stats.row_forwards += len(prompts) * self.target.forwards
         self.stats.seconds_prefill = time.perf_counter() - begun
@@ -129,8 +175,8 @@ class TreeRun:
         roots = [int(self.texts[row][0, self.lengths[row] - 1]) for row in self.rows]
         vocabulary = self.model.config.get_text_config().vocab_size
         trees = check_proposals(session.propose(budgets), budgets, roots, vocabulary, self.draws)
-        # Nodes that could not be emitted before max_length are not worth a forward.
-        depths = [self.max_length - self.lengths[row] - 1 for row in self.rows]
+        # Nodes that could not be emitted before the row's end are not worth a forward.
+        depths = [self.longest[row] - self.lengths[row] - 1 for row in self.rows]
         deepest = self.kv.max_depth()
         if deepest is not None:
             depths = [min(pair) for pair in zip(depths, deepest, strict=True)]
@@ -188,6 +234,8 @@ class TreeRun:
             self.stats.accepted += min(drafted, len(tokens))
             self.stats.emitted += len(tokens)
             self.stats.accepted_flags[row] += [j < drafted for j in range(len(tokens))]
+        if self.monitor is not None:
+            self.monitor.advance(sum(map(len, emitted)))
         return accepted, Verified(
             emitted=emitted,
             tree=tree,
@@ -213,13 +261,15 @@ class TreeRun:
             if self.streamer is not None:
                 self.streamer.put(torch.tensor([token]))
             text = self.texts[row][:, : self.lengths[row]]
-            if self.lengths[row] >= self.max_length or (self.stopping and bool(self.stopping(text, None).all())):
+            if self.lengths[row] >= self.longest[row] or (
+                self.stopping[row] and bool(self.stopping[row](text, None).all())
+            ):
                 self.finished[i] = True
                 return tokens[:said]
         return tokens
 
     def drop_finished(self, session: DraftSession) -> None:
-        if self.keep_finished or not any(self.finished):
+        if self.keep_rows or not any(self.finished):
             return
         kept = [i for i, done in enumerate(self.finished) if not done]
         if kept:
@@ -231,6 +281,7 @@ class TreeRun:
         self.finished = [False] * len(kept)
 
     def result(self) -> Tensor | TreeSpeculationOutput:
+        """What ``generate`` returns."""
         pad = getattr(self.config, "_pad_token_tensor", None)
         texts = [text[0, :length] for text, length in zip(self.texts, self.lengths, strict=True)]
         sequences = pad_and_stack(texts, 0 if pad is None else int(pad.flatten()[0]))

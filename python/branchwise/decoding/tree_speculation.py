@@ -16,6 +16,7 @@ from ..noise import Noise, Seed, row_seeds
 from ..tree import DrawKind
 from .auto import Auto
 from .bandit import Bandit
+from .monitor import Monitor, watch
 from .request import callers_streamer, check_request, prompt_starts, row_processors
 from .stats import DecodeStats
 from .tree_run import TreeRun, TreeSpeculationOutput
@@ -43,6 +44,7 @@ class TreeSpeculation:
             :func:`branchwise.acceptance.choose_rule`.
         seed: of the noise when sampling, see :func:`branchwise.noise.row_seeds`. A row's noise depends on its seed
             and its prompt, not on the rest of the batch.
+        monitor: shows progress, and ends calls early; see :class:`branchwise.Monitor`.
 
     Raises:
         ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
@@ -56,6 +58,7 @@ class TreeSpeculation:
         adaptive: bool = True,
         rule: str | Rule | None = None,
         seed: Seed = None,
+        monitor: Monitor | None = None,
     ) -> None:
         if not 1 <= max_nodes <= 1024:
             raise ValueError(f"max_nodes must lie between 1 and 1024, got {max_nodes}")
@@ -64,6 +67,7 @@ class TreeSpeculation:
         self.adaptive = adaptive
         self.rule = rule
         self.seed = seed
+        self.monitor = monitor
         self.stats = DecodeStats()
         self._sizers: WeakKeyDictionary[PreTrainedModel, TreeSizer] = WeakKeyDictionary()
 
@@ -85,6 +89,8 @@ class TreeSpeculation:
         rule = choose_rule(self.rule, self.drafter.draws, bool(config.do_sample), processors)
         starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
         prompts = [input_ids[b, start:] for b, start in enumerate(starts)]
+        stopping = stopping_criteria or StoppingCriteriaList()
+        longest = stopping.max_length or config.max_length
         seeds = row_seeds(self.seed, len(prompts)) if config.do_sample or not rule.exact else [0] * len(prompts)
         drawn = self.drafter.draws is not DrawKind.DETERMINISTIC and config.do_sample
         # The controllers size their trees themselves.
@@ -97,13 +103,14 @@ class TreeSpeculation:
             rule=rule,
             processors=processors,
             noise=Noise(seeds, [prompt.numpy() for prompt in prompts]),
-            stopping=stopping_criteria or StoppingCriteriaList(),
+            stopping=[stopping] * len(prompts),
             streamer=streamer if streamer is not None else callers_streamer(),
             max_nodes=self.max_nodes,
             cost=cost,
             sizer=sizer if adaptive else None,
+            monitor=self.monitor,
         )
-        with use_attention(model):
-            result = run.decode(self.drafter, input_ids, prompts)
+        with use_attention(model), watch(self.monitor, len(prompts) * (longest - input_ids.shape[1])):
+            run.decode(self.drafter, list(input_ids), starts, [longest] * len(prompts))
         self.stats = run.stats
-        return result
+        return run.result()
