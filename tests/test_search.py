@@ -149,7 +149,8 @@ def test_what_a_branch_says_depends_on_no_other(dtype):
         for i in (0, 3, 6):
             one_of, root = grove(model, prompt, 30)
             forks = one_of.fork(root, 7)
-            one_of._numbers = {fork: place for place, fork in enumerate(forks)}
+            for fork in forks:
+                one_of.renumber(fork)
             one_of.prune(forks[:i] + forks[i + 1 :])
             one_of.write([forks[i]], 7)
             equal([one_of.said(forks[i])], [all_of.said(seven[i])])

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .cache import KVStore as KVStore
+    from .decoding import AnswerFound as AnswerFound
     from .decoding import AStar as AStar
     from .decoding import Auto as Auto
     from .decoding import BestOfMajority as BestOfMajority
@@ -15,12 +16,15 @@ if TYPE_CHECKING:
     from .decoding import DecodeStats as DecodeStats
     from .decoding import EarlyExitLossy as EarlyExitLossy
     from .decoding import EarlyRejection as EarlyRejection
+    from .decoding import JudgeScore as JudgeScore
+    from .decoding import LogProbabilityScore as LogProbabilityScore
     from .decoding import Monitor as Monitor
     from .decoding import ParticleFilter as ParticleFilter
     from .decoding import PositionKeyedSampler as PositionKeyedSampler
     from .decoding import ReverseSpeculative as ReverseSpeculative
     from .decoding import ShortMAtK as ShortMAtK
     from .decoding import StepEnd as StepEnd
+    from .decoding import StepSpeculative as StepSpeculative
     from .decoding import TreeSpeculation as TreeSpeculation
     from .decoding import TreeSpeculationOutput as TreeSpeculationOutput
     from .generate import generate as generate
@@ -51,6 +55,10 @@ _HOME = {
     "ParticleFilter": "decoding",
     "ShortMAtK": "decoding",
     "StepEnd": "decoding",
+    "AnswerFound": "decoding",
+    "JudgeScore": "decoding",
+    "LogProbabilityScore": "decoding",
+    "StepSpeculative": "decoding",
     "generate": "generate",
     "KVTree": "kv_tree",
     "patch": "patching",

@@ -10,12 +10,15 @@ from .keyed_sampler import PositionKeyedSampler
 from .monitor import Monitor
 from .reverse import ReverseSpeculative
 from .stats import DecodeStats
+from .step_scores import AnswerFound, JudgeScore, LogProbabilityScore
+from .step_speculative import StepSpeculative
 from .tree_run import TreeSpeculationOutput
 from .tree_speculation import TreeSpeculation
 from .votes import BestOfMajority, BestOfN, ShortMAtK
 
 __all__ = [
     "AStar",
+    "AnswerFound",
     "Auto",
     "Bandit",
     "BestOfMajority",
@@ -24,12 +27,15 @@ __all__ = [
     "DecodeStats",
     "EarlyExitLossy",
     "EarlyRejection",
+    "JudgeScore",
+    "LogProbabilityScore",
     "Monitor",
     "ParticleFilter",
     "PositionKeyedSampler",
     "ReverseSpeculative",
     "ShortMAtK",
     "StepEnd",
+    "StepSpeculative",
     "TreeSpeculation",
     "TreeSpeculationOutput",
 ]

@@ -46,6 +46,7 @@ class Branches:
         drafter: "none", or what drafts for every branch.
         max_nodes: per branch and forward, root included.
         monitor: is told of every round.
+        first_number: of the noise of the first branch that is written.
 
     Attributes:
         tree: the KV store.
@@ -53,6 +54,7 @@ class Branches:
         ended: branches that one of ``stopping`` has ended, or the end of the length.
         stats: counts of all runs.
         peak_bytes: most bytes of pages that branches held at the end of a run.
+        peeked_tokens: that went through :meth:`peek`.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Branches:
         drafter: str | Drafter = "none",
         max_nodes: int = 8,
         monitor: Monitor | None = None,
+        first_number: int = 0,
     ) -> None:
         if policy_of(model) is not None:
             raise ValueError(f"{type(model).__name__} is under a KV policy; a search keeps a KV tree of its own")
@@ -77,9 +80,10 @@ class Branches:
         self.texts: dict[int, Tensor] = {}
         self.ended: set[int] = set()
         self.stats = DecodeStats()
-        self.peak_bytes = 0
+        self.peak_bytes = self.peeked_tokens = 0
         self._prompt = torch.empty(0, dtype=torch.int64)
         self._numbers: dict[int, int] = {}
+        self._next_number = first_number
         self._stored = StoredModel(model, self.tree)
 
     @property
@@ -120,19 +124,46 @@ class Branches:
         self.tree.prune(branches)
         self._forget(branches)
 
+    def renumber(self, branch: int) -> None:
+        """Gives a branch fresh noise for what it will write."""
+        self._numbers[branch] = self._next_number
+        self._next_number += 1
+
     def truncate(self, branch: int, length: int) -> None:
         """Forgets the text of a branch from ``length`` on, padding included."""
         self.evict(branch, length)
         self.texts[branch] = self.texts[branch][:length]
         self.ended.discard(branch)
 
-    def append(self, branch: int, tokens: Tensor) -> None:
-        """Adds i64[n] tokens that nobody has to say; they are read when the branch is written next."""
+    def append(self, branch: int, tokens: Tensor, peeked: bool = False) -> None:
+        """Adds i64[n] tokens that nobody has to say. They are read when the branch is written next, those that
+        :meth:`peek` has just kept excepted."""
+        if not peeked:
+            self.evict(branch, len(self.texts[branch]))
         self.texts[branch] = torch.cat([self.texts[branch], tokens])
+        self._note_end(branch)
 
     def evict(self, branch: int, length: int) -> None:
         """Gives back the pages of tokens from ``length`` on; they are read again when the branch is used next."""
         self.tree.truncate(branch, min(length - self.padding, self.tree.length(branch)))
+
+    def peek(self, branch: int, tokens: Tensor, keep: int) -> Tensor:
+        """Logits [n + 1, V] at the last token of the branch's text and at i64[n] ``tokens`` behind it, in one forward
+        over what has no KV yet. The tokens do not become text, but the first ``keep`` of them stay read, for
+        :meth:`append`."""
+        text = self.texts[branch][self.padding :]
+        self.evict(branch, self.padding + len(text) - 1)
+        rest = torch.cat([text[self.tree.length(branch) :], tokens])
+        self.tree.select([branch])
+        try:
+            positions = self.tree.seq_lens[:, None] + torch.arange(len(rest))
+            wanted = range(len(rest) - len(tokens) - 1, len(rest))
+            logits = self._stored.forward(rest[None], positions, wanted=wanted)
+            self.tree.advance(torch.tensor([len(rest) - len(tokens) + keep], dtype=torch.int32))
+        finally:
+            self.tree.select([])
+        self.peeked_tokens += len(rest)
+        return logits[0]
 
     def read(self, branch: int) -> None:
         """Brings the KV of a branch up to all but the last of its tokens, alone, so that nobody else matters."""
@@ -167,7 +198,8 @@ class Branches:
         branches = [branch for branch in branches if branch not in self.ended]
         begun = {branch: len(self.texts[branch]) for branch in branches} if begun is None else begun
         for branch in branches:
-            self._numbers.setdefault(branch, len(self._numbers))
+            if branch not in self._numbers:
+                self.renumber(branch)
             self.read(branch)
         for first in range(0, len(branches), width):
             if not self.cancelled:
@@ -218,14 +250,17 @@ class Branches:
         finally:
             # What a row says is whole tokens at any time; the KV of all but the last of them is there.
             for branch, room, length in zip(branches, run.texts, run.lengths, strict=False):
-                text = room[:, :length].clone()
-                self.texts[branch] = text[0]
-                if length >= self.longest or (self.stopping and bool(self.stopping(text, None).all())):
-                    self.ended.add(branch)
+                self.texts[branch] = room[0, :length].clone()
+                self._note_end(branch)
             self.tree.select([])
             self.peak_bytes = max(self.peak_bytes, self.tree.used_bytes)
             self.tree.prune(idle)
             self.stats.add(run.stats)
+
+    def _note_end(self, branch: int) -> None:
+        text = self.texts[branch][None]
+        if text.shape[1] >= self.longest or (self.stopping and bool(self.stopping(text, None).all())):
+            self.ended.add(branch)
 
     def _inherit(self, parents: Sequence[int], forks: Sequence[int]) -> None:
         for parent, fork in zip(parents, forks, strict=True):

@@ -80,6 +80,10 @@ class Model:
                 )
         return ModelSession(self, request)
 
+    def open(self, request: DraftRequest) -> StoredModel:
+        """Where the draft model reads the rows; may hold all but the last tokens of them already."""
+        return StoredModel(self.model, KVStore(len(request.prompts), max(map(len, request.prompts)) + 256))
+
 
 class Confident(Model):
     """A chain of a draft model's likeliest tokens that ends where the model is not sure, or would end the text (card
@@ -110,12 +114,14 @@ class ModelSession:
         target = options.model if request.target is None else request.target
         self._vocabulary = target.config.get_text_config().vocab_size
         self._eos = torch.tensor(sorted(request.eos), dtype=torch.int64)
+        self._draft = options.open(request)
+        held = self._draft.store.seq_lens.tolist()
         # Text that the draft model has not seen yet, per row.
-        self._unseen = [torch.from_numpy(np.asarray(prompt, np.int64)) for prompt in request.prompts]
+        self._unseen = [
+            torch.from_numpy(np.asarray(prompt, np.int64))[n:] for prompt, n in zip(request.prompts, held, strict=True)
+        ]
         self._lengths = [len(prompt) for prompt in request.prompts]
         self._roots = [int(prompt[-1]) for prompt in request.prompts]
-        longest = max(self._lengths)
-        self._draft = StoredModel(options.model, KVStore(len(self._unseen), longest + 256))
 
     def propose(self, budgets: Sequence[int]) -> list[RowTree]:
         roots = self._roots
