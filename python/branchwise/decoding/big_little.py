@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from ..acceptance import policy_lossy
+from ..acceptance import choose_rule, policy_lossy
 from ..drafters import Confident
+from ..tree import DrawKind
+from .monitor import Monitor, watch
+from .request import callers, callers_streamer, check_mode, limits, pad_and_stack, refuse_dict, row_processors
+from .seq2seq import Decoder, write_row
+from .stats import DecodeStats
 from .tree_run import TreeSpeculationOutput
 from .tree_speculation import TreeSpeculation
 
@@ -23,18 +29,20 @@ class BigLittle(TreeSpeculation):
 
     With ``rollback=0`` every token is the large model's own choice: the text of plain greedy decoding.
 
+    Encoder-decoders (T5, BART) work, too, if both models are; their rows are written one after another, over
+    transformers' own attention and caches.
+
     Args:
-        little: a decoder-only model with the large one's tokenizer.
+        little: a model with the large one's tokenizer.
         fallback: probability below which the small model hands over; above 1 it never writes.
         rollback: nats.
         little_tokens: most tokens that the small model writes at a time.
         first_only: test as the reference code does: after a surprising token that turned out to be the large model's
             choice, the following ones of the round are not looked at.
+        monitor: shows progress, and ends calls early; see :class:`branchwise.Monitor`.
 
     Raises:
         ValueError: an option outside its range, an unsupported model; when called, sampling, or another vocabulary.
-
-    Encoder-decoder models, which the paper uses, are not supported.
     """
 
     def __init__(
@@ -44,16 +52,21 @@ class BigLittle(TreeSpeculation):
         rollback: float = 5.0,
         little_tokens: int = 10,
         first_only: bool = False,
+        monitor: Monitor | None = None,
     ) -> None:
         if rollback < 0:
             raise ValueError(f"rollback must be at least 0 nats, got {rollback}")
         if not 1 <= little_tokens <= 1023:
             raise ValueError(f"little_tokens must lie between 1 and 1023, got {little_tokens}")
+        if fallback < 0:
+            raise ValueError(f"fallback must be at least 0, got {fallback}")
+        self.little, self.fallback, self.little_tokens = little, fallback, little_tokens
         super().__init__(
-            Confident(little, fallback, little_tokens),
+            "none" if little.config.is_encoder_decoder else Confident(little, fallback, little_tokens),
             max_nodes=little_tokens + 1,
             adaptive=False,
             rule=policy_lossy("surprisal", rollback, first_only=first_only),
+            monitor=monitor,
         )
 
     def __call__(
@@ -66,8 +79,74 @@ class BigLittle(TreeSpeculation):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | TreeSpeculationOutput:
-        if (generation_config or model.generation_config).do_sample:
+        config = generation_config or model.generation_config
+        if config.do_sample:
             raise ValueError("BigLittle decodes greedily: do_sample must be False")
+        kinds = [m.config.is_encoder_decoder for m in (self.little, model)]
+        if kinds[0] != kinds[1]:
+            raise ValueError("little must be an encoder-decoder if, and only if, the large model is one")
+        if kinds[0]:
+            return self._seq2seq(
+                model, input_ids, logits_processor, stopping_criteria, config, streamer, **model_kwargs
+            )
         return super().__call__(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
         )
+
+    @torch.no_grad()
+    def _seq2seq(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        config: GenerationConfig,
+        streamer: Any,
+        *,
+        encoder_outputs: Any = None,
+        attention_mask: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        check_mode("BigLittle", config)
+        refuse_dict("BigLittle", config)
+        inputs = callers("inputs_tensor")  # what the little model's encoder must read is not handed over
+        if inputs is None or encoder_outputs is None:
+            raise ValueError("with an encoder-decoder, BigLittle works through generate(custom_generate=...) only")
+        vocabularies = [m.config.get_text_config().vocab_size for m in (self.little, model)]
+        if vocabularies[0] > vocabularies[1]:
+            raise ValueError(
+                f"little must say tokens of the large model only; their vocabularies have {vocabularies[0]} and "
+                f"{vocabularies[1]} tokens"
+            )
+        B = input_ids.shape[0]
+        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
+        processors = row_processors(logits_processor, B)
+        mask = torch.ones(inputs.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
+        eos = getattr(config, "_eos_token_tensor", None)  # set by generate
+        streamer = streamer if streamer is not None else callers_streamer()
+        self.stats = DecodeStats(rule="surprisal_lossy", exact=False)
+        texts = []
+        with watch(self.monitor, B * (longest - input_ids.shape[1])):
+            for row in range(B):
+                here = slice(row, row + 1)
+                encoded = self.little.get_encoder()(input_ids=inputs[here], attention_mask=mask[here])
+                texts.append(
+                    write_row(
+                        Decoder(model, encoder_outputs[0][here], mask[here]),
+                        Decoder(self.little, encoded[0], mask[here]),
+                        input_ids[row],
+                        fallback=self.fallback,
+                        little_tokens=self.little_tokens,
+                        rule=choose_rule(self.rule, DrawKind.DETERMINISTIC, False, processors),
+                        processors=processors[row],
+                        stopping=stopping,
+                        longest=longest,
+                        eos=frozenset() if eos is None else frozenset(eos.flatten().tolist()),
+                        stats=self.stats,
+                        streamer=streamer,
+                        monitor=self.monitor,
+                    )
+                )
+        if streamer is not None:
+            streamer.end()
+        return pad_and_stack(texts, pad)

@@ -27,6 +27,13 @@ _OWN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_t
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
+def check_mode(decoder: str, config: GenerationConfig) -> None:
+    """Raises ValueError for beams and other generation modes."""
+    mode = config.get_generation_mode()
+    if mode not in _PLAIN_MODES:
+        raise ValueError(f"{decoder} decodes greedily or by sampling; this configuration asks for {mode.value}")
+
+
 def check_request(decoder: str, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Refuses what a tree decoder cannot do.
 
@@ -34,9 +41,7 @@ def check_request(decoder: str, config: GenerationConfig, model_kwargs: dict[str
         ValueError: beams or another generation mode, attentions or hidden states in the result, a cache that already
             holds tokens, or model inputs other than text.
     """
-    mode = config.get_generation_mode()
-    if mode not in _PLAIN_MODES:
-        raise ValueError(f"{decoder} decodes greedily or by sampling; this configuration asks for {mode.value}")
+    check_mode(decoder, config)
     for option in ("output_attentions", "output_hidden_states"):
         if getattr(config, option) and config.return_dict_in_generate:
             raise ValueError(f"{option}=True is not supported by {decoder}")
@@ -140,10 +145,15 @@ def callers_streamer() -> Any:
     transformers (5.17 to 5.23 read) feeds the prompt to the streamer but does not hand it to a callable
     ``custom_generate``, which would leave the user with a silent stream; so it is taken from the calling frame.
     """
+    return callers("streamer")
+
+
+def callers(name: str) -> Any:
+    """A local variable of the ``generate`` call that is running this decoder; None if there is none."""
     frame = sys._getframe(1)
-    for _ in range(5):  # wrappers such as no_grad lie between
+    for _ in range(6):  # wrappers such as no_grad lie between
         if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
-            return frame.f_locals.get("streamer")
+            return frame.f_locals.get(name)
         if frame.f_back is None:
             break
         frame = frame.f_back
