@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .decoding import EarlyRejection as EarlyRejection
     from .decoding import JudgeScore as JudgeScore
     from .decoding import LogProbabilityScore as LogProbabilityScore
+    from .decoding import MicroSteps as MicroSteps
     from .decoding import Monitor as Monitor
     from .decoding import ParticleFilter as ParticleFilter
     from .decoding import PositionKeyedSampler as PositionKeyedSampler
@@ -59,6 +60,7 @@ _HOME = {
     "JudgeScore": "decoding",
     "LogProbabilityScore": "decoding",
     "StepSpeculative": "decoding",
+    "MicroSteps": "decoding",
     "generate": "generate",
     "KVTree": "kv_tree",
     "patch": "patching",

@@ -87,6 +87,7 @@ class StoredModel:
         prompt_ends: Tensor | None = None,
         last_chunk: bool = False,
         layers: Sequence[int] | None = None,
+        embeddings: Tensor | None = None,
     ) -> Tensor:
         """One forward; the new keys and values are in the store, uncommitted.
 
@@ -99,6 +100,7 @@ class StoredModel:
             prompt_ends: i32[B], of a prompt's chunk: how many of the T tokens are each row's own.
             last_chunk: no row's prompt has more.
             layers: those that run, if some are switched off and the others hold pages; None: all.
+            embeddings: [B, T, H], read in place of those of the tokens.
 
         Returns:
             Logits [B, T or len(wanted), V].
@@ -118,7 +120,8 @@ class StoredModel:
         hook = self.model.base_model.register_forward_hook(self._note_hidden) if self._keep_hidden else None
         try:
             logits = self.model(
-                input_ids=tokens,
+                input_ids=tokens if embeddings is None else None,
+                inputs_embeds=embeddings,
                 position_ids=positions,
                 past_key_values=self.store,
                 use_cache=True,

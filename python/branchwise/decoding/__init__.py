@@ -7,6 +7,7 @@ from .branches import StepEnd
 from .early_exit import EarlyExitLossy
 from .guided import AStar, EarlyRejection, ParticleFilter
 from .keyed_sampler import PositionKeyedSampler
+from .micro_steps import MicroHead, MicroSteps
 from .monitor import Monitor
 from .reverse import ReverseSpeculative
 from .stats import DecodeStats
@@ -29,6 +30,8 @@ __all__ = [
     "EarlyRejection",
     "JudgeScore",
     "LogProbabilityScore",
+    "MicroHead",
+    "MicroSteps",
     "Monitor",
     "ParticleFilter",
     "PositionKeyedSampler",
