@@ -96,7 +96,7 @@ def main() -> None:
 
     model, tokenizer = load_smollm2(getattr(torch, args.dtype))
     ids = tokenizer(" ".join(sentences()), return_tensors="pt").input_ids[:, : args.prompt]
-    options = {"max_new_tokens": args.new, "do_sample": True, "temperature": 0.8, "top_k": 0, "eos_token_id": None}
+    options = {"max_new_tokens": args.new, "do_sample": True, "temperature": 0.8, "top_k": 50, "eos_token_id": None}
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         begun = time.perf_counter()

@@ -129,6 +129,18 @@ def test_a_fork_copies_a_page_at_most():
     model.check()
 
 
+def test_a_fork_does_not_share_what_was_reserved():
+    """A run that was broken off leaves reserved pages; they are nobody else's."""
+    model = Model(4)
+    root = model.root()
+    model.append([root], list(range(8)), 8)
+    model.pool.reserve([root], 6)
+    model.fork(root, 2)
+    assert model.pool.page_table([1])[0].shape == (1, 2)
+    model.append([root, 1, 2], [7, 8, 9], 3)
+    model.check()
+
+
 def test_the_last_holder_of_a_page_does_not_copy_it():
     model = Model(16)
     root = model.root()

@@ -143,6 +143,38 @@ def test_positions_are_those_of_the_last_token():
     assert right != wrong
 
 
+class Scripted(ToyHead):
+    """Groups of given sizes."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes, self.at = iter(sizes), 0
+
+    def step(self, features, last, state):
+        hidden, _, state = super().step(features, last, state)
+        if last is None:
+            self.size, self.at = next(self.sizes), 0
+        self.at += 1
+        return hidden, torch.tensor([float(self.at == self.size)]), state
+
+
+def test_slots_and_positions():
+    """Groups of 3, 1 and 4 tokens behind a prompt of 10: positions 12, 13 and 17, slots 10, 11 and 12."""
+    model = tiny.model("llama")
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(
+            (kwargs["position_ids"].flatten().tolist(), kwargs["past_key_values"].seq_lens.tolist())
+        ),
+        with_kwargs=True,
+    )
+    decoder = bw.MicroSteps(Scripted([3, 1, 4, 2]), 0.5)
+    generate(model, decoder, torch.arange(20, 30)[None], None, max_new_tokens=10, eos_token_id=None)
+    handle.remove()
+    assert seen == [(list(range(10)), [0]), ([12], [10]), ([13], [11]), ([17], [12])]
+    assert decoder.slots == [13] and decoder.stats.emitted == 10
+
+
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"do_sample": True, "top_k": 20}], ids=str)
 def test_groups_of_one_are_plain_decoding(options):
     model = tiny.model("llama")

@@ -188,3 +188,15 @@ def test_refuses():
         decode(student, ReverseSpeculative(teacher), prompt(), repetition_penalty=1.2)
     out = decode(student, ReverseSpeculative(teacher, seed=1), prompt(), new=5, streamer=streamer)
     assert streamer.tokens == out[0].tolist() and streamer.ended
+
+
+def test_cancelling_returns_what_there_is():
+    teacher, student = sharp()
+    monitor = bw.Monitor(progress=False)
+    advance = monitor.advance
+    monitor.advance = lambda tokens: (advance(tokens), monitor.cancel() if monitor.tokens >= 10 else None)
+    ids = prompt()
+    whole = decode(student, bw.ReverseSpeculative(teacher, draft_length=4, seed=1), ids, new=40)
+    out = decode(student, bw.ReverseSpeculative(teacher, draft_length=4, seed=1, monitor=monitor), ids, new=40)
+    said = out.shape[1] - ids.shape[1]
+    assert 10 <= said < 40 and monitor.tokens == said and out[0].tolist() == whole[0, : out.shape[1]].tolist()

@@ -13,6 +13,7 @@ import tiny
 from branchwise.attention import use_attention
 from branchwise.decoding.branches import Branches
 from branchwise.decoding.search import majority
+from branchwise.drafters import make_drafter
 
 MODELS = ["llama", "gemma3"]
 DRAFTERS = ["none", "suffix"]
@@ -132,6 +133,7 @@ def grove(model, prompt, new=12, width=1, allowed=None, **options):
         len(prompt) + new,
         0,
         options.pop("seed", 0),
+        make_drafter(options.pop("drafter", "none")),
         **options,
     )
     return branches, branches.root(prompt)

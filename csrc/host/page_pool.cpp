@@ -28,7 +28,9 @@ Branch PagePool::root() { return add({}); }
 
 std::vector<Branch> PagePool::fork(Branch branch, int64_t n) {
   if (n < 0) throw std::invalid_argument("n must be at least 0, got " + std::to_string(n));
-  const Entry parent = at(branch);
+  Entry parent = at(branch);
+  // Not what was reserved and never written: a fork reserves its own.
+  parent.pages.resize((parent.length + page_size_ - 1) / page_size_);
   std::vector<Branch> forks;
   for (int64_t i = 0; i < n; ++i) {
     for (const int32_t page : parent.pages) ++references_[page];

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Suffix, TokenRecycling, Verified
+from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Suffix, TokenRecycling, Verified, make_drafter
 from ..drafters.hybrid import as_seen_by, foreign, merge, own_names
 from ..tree import DrawKind, RowTree
 from .profile import Profile
@@ -202,3 +202,8 @@ def unique_names(drafters: Sequence[Drafter]) -> list[str]:
         name = type(drafter).__name__
         names.append(name if name not in names else f"{name} {len(names) + 1}")
     return names
+
+
+def drafter_of(drafter: str | Drafter) -> Drafter:
+    """A drafter by name, "auto" among them, or the given one."""
+    return Auto() if drafter == "auto" else make_drafter(drafter)

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from ..acceptance import choose_rule
-from ..drafters import Drafter, make_drafter
+from ..drafters import Drafter
 from ..forward import StoredModel
 from ..kv import policy_of
 from ..kv_tree import KVTree
-from ..noise import Noise
+from ..noise import Noise, Purpose
 from ..target import Processor
 from .monitor import Monitor
 from .stats import DecodeStats
@@ -43,7 +43,7 @@ class Branches:
         longest: where texts end, padding included.
         padding: tokens at the front of the prompt that are none of its own.
         seed: of the noise.
-        drafter: "none", or what drafts for every branch.
+        drafter: what drafts for every branch.
         max_nodes: per branch and forward, root included.
         monitor: is told of every round.
         first_number: of the noise of the first branch that is written.
@@ -54,7 +54,6 @@ class Branches:
         ended: branches that one of ``stopping`` has ended, or the end of the length.
         stats: counts of all runs.
         peak_bytes: most bytes of pages that branches held at the end of a run.
-        peeked_tokens: that went through :meth:`peek`.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Branches:
         longest: int,
         padding: int,
         seed: int,
-        drafter: str | Drafter = "none",
+        drafter: Drafter,
         max_nodes: int = 8,
         monitor: Monitor | None = None,
         first_number: int = 0,
@@ -75,12 +74,12 @@ class Branches:
             raise ValueError(f"{type(model).__name__} is under a KV policy; a search keeps a KV tree of its own")
         self.model, self.config, self.processors, self.stopping = model, config, processors, stopping
         self.longest, self.padding, self.seed, self.max_nodes, self.monitor = longest, padding, seed, max_nodes, monitor
-        self.drafter = make_drafter(drafter)
+        self.drafter = drafter
         self.tree = KVTree()
         self.texts: dict[int, Tensor] = {}
         self.ended: set[int] = set()
         self.stats = DecodeStats()
-        self.peak_bytes = self.peeked_tokens = 0
+        self.peak_bytes = 0
         self._prompt = torch.empty(0, dtype=torch.int64)
         self._numbers: dict[int, int] = {}
         self._next_number = first_number
@@ -101,6 +100,11 @@ class Branches:
     def prompt(self) -> Tensor:
         """i64[n], without padding."""
         return self._prompt[self.padding :]
+
+    def uniforms(self, step: int, n: int) -> Tensor:
+        """f64[n] for decisions about a step as a whole."""
+        noise = Noise.numbered(self.seed, self.prompt, [0])
+        return noise.row_uniforms(0, torch.full((n,), step), torch.arange(n), Purpose.VERIFY)[:, 0].double()
 
     def said(self, branch: int) -> Tensor:
         """i64[n] tokens behind the prompt."""
@@ -162,7 +166,6 @@ class Branches:
             self.tree.advance(torch.tensor([len(rest) - len(tokens) + keep], dtype=torch.int32))
         finally:
             self.tree.select([])
-        self.peeked_tokens += len(rest)
         return logits[0]
 
     def read(self, branch: int) -> None:
@@ -173,8 +176,10 @@ class Branches:
             self.tree.truncate(branch, len(text) - 1)  # a broken-off run may have read the last one, too
             return
         self.tree.select([branch])
-        self._stored.extend([text[held:-1]])
-        self.tree.select([])
+        try:
+            self._stored.extend([text[held:-1]])
+        finally:
+            self.tree.select([])
 
     def write(
         self,

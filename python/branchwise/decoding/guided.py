@@ -76,7 +76,6 @@ class ParticleFilter(Search):
         trace: list[dict[str, Any]] = []
         rows = branches.fork(root, self.width)
         weights = torch.zeros(self.width, dtype=torch.float64)  # logs
-        draws = torch.Generator().manual_seed(branches.seed % 2**63)
         for step in range(self.max_steps):
             active = [i for i, row in enumerate(rows) if row not in branches.ended]
             branches.write([rows[i] for i in active], self.width, self.ends, self.step_tokens)
@@ -92,7 +91,7 @@ class ParticleFilter(Search):
             if ended or branches.cancelled or step == self.max_steps - 1:
                 break
             among = active if self.finished == "aside" else list(range(self.width))
-            chosen = self._draw(weights[among].softmax(0), draws)
+            chosen = self._draw(weights[among].softmax(0), branches.uniforms(step, len(among)))
             new = branches.resample([rows[i] for i in among], chosen)
             ancestors = list(range(self.width))
             for place, a, row in zip(among, chosen, new, strict=True):
@@ -101,13 +100,10 @@ class ParticleFilter(Search):
             trace[-1]["ancestors"] = ancestors
         return self._found(branches, rows, weights.softmax(0).tolist(), trace)
 
-    def _draw(self, weights: Tensor, draws: torch.Generator) -> list[int]:
+    def _draw(self, weights: Tensor, uniforms: Tensor) -> list[int]:
         n = len(weights)
         ends = weights.cumsum(0)
-        if self.systematic:
-            points = (torch.arange(n, dtype=torch.float64) + torch.rand((), generator=draws, dtype=torch.float64)) / n
-        else:
-            points = torch.rand(n, generator=draws, dtype=torch.float64)
+        points = (torch.arange(n, dtype=torch.float64) + uniforms[0]) / n if self.systematic else uniforms
         return torch.searchsorted(ends, points * ends[-1], right=True).clamp(max=n - 1).tolist()
 
     def _found(self, branches: Branches, rows: list[int], weights: list[float], trace: list[dict[str, Any]]) -> Found:

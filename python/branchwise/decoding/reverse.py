@@ -16,6 +16,7 @@ from ..attention import check_supported, use_attention
 from ..cache import KVStore
 from ..forward import StoredModel
 from ..noise import Noise, Purpose, Seed, row_seeds
+from .monitor import Monitor, watch
 from .request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict
 from .stats import DecodeStats
 
@@ -63,6 +64,7 @@ class ReverseSpeculative:
         floor_temperature: 1 compares with the student's raw probabilities.
         draft_length: most tokens between two forwards of the student.
         seed: of the noise, see :func:`branchwise.noise.row_seeds`.
+        monitor: shows progress, and ends calls early; see :class:`branchwise.Monitor`.
 
     Raises:
         ValueError: an option outside its range, an unsupported model.
@@ -79,6 +81,7 @@ class ReverseSpeculative:
         floor_temperature: float = 1.0,
         draft_length: int = 8,
         seed: Seed = None,
+        monitor: Monitor | None = None,
     ) -> None:
         for name, value in {"trials": trials, "top_k": top_k, "draft_length": draft_length}.items():
             if value < 1:
@@ -93,7 +96,7 @@ class ReverseSpeculative:
         check_supported(teacher)
         self.teacher, self.floor, self.trials, self.top_k = teacher, floor, trials, top_k
         self.temperature, self.top_p, self.floor_temperature = temperature, top_p, floor_temperature
-        self.draft_length, self.seed = draft_length, seed
+        self.draft_length, self.seed, self.monitor = draft_length, seed, monitor
         self.traces: list[Trace] = []
         self.stats = DecodeStats()
 
@@ -123,7 +126,8 @@ class ReverseSpeculative:
         noise = Noise(row_seeds(self.seed, len(prompts)), [prompt.numpy() for prompt in prompts])
         run = _Run(self, model, prompts, noise)
         self.traces = [Trace() for _ in prompts]
-        run.decode(self.traces, input_ids, longest, stopping)
+        with watch(self.monitor, len(prompts) * (longest - input_ids.shape[1])):
+            run.decode(self.traces, input_ids, longest, stopping)
         self.stats = run.stats
         streamer = streamer if streamer is not None else callers_streamer()
         if streamer is not None:
@@ -176,7 +180,8 @@ class _Run:
         self.stats.seconds_prefill = time.perf_counter() - begun
         active = list(range(B))
         padded = input_ids.shape[1]
-        while active:
+        monitor = options.monitor
+        while active and not (monitor is not None and monitor.cancelled):
             room = longest - padded - min(len(traces[b].tokens) for b in active)
             g = max(min(options.draft_length, room), 1)
             begun = time.perf_counter()
@@ -185,7 +190,7 @@ class _Run:
             logits = self._student_logits(torch.cat([last[:, None], drafts[:, : g - 1]], 1))
             self.stats.seconds_draft += drafted - begun
             self.stats.seconds_forward += time.perf_counter() - drafted
-            kept = []
+            kept, emitted = [], self.stats.emitted
             for i, b in enumerate(active):
                 new = self._verify(i, logits[i], draws[i], traces[b])
                 said = 0
@@ -206,6 +211,8 @@ class _Run:
                 self.stats.accepted += sum(trial != FALLBACK for _, trial, _ in new[:said])
                 self.stats.emitted += said
             self.stats.row_forwards += len(active)
+            if monitor is not None:
+                monitor.advance(self.stats.emitted - emitted)
             # Keys of what was said; the last token is new to both.
             lengths = torch.tensor([n - 1 for n in self.lengths], dtype=torch.int32)
             self.student.store.set_lengths(lengths)

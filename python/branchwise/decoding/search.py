@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from ..attention import check_supported, use_attention
 from ..drafters import Drafter
 from ..noise import Seed, row_seeds
+from .auto import drafter_of
 from .branches import Branches
 from .monitor import Monitor, watch
 from .request import check_request, limits, pad_and_stack, prompt_starts, refuse_dict, row_processors
@@ -71,7 +72,8 @@ class Search(ABC):
     ) -> None:
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
-        self.width, self.seed, self.drafter, self.max_nodes, self.monitor = width, seed, drafter, max_nodes, monitor
+        self.width, self.seed, self.max_nodes, self.monitor = width, seed, max_nodes, monitor
+        self.drafter = drafter_of(drafter)
         self.found: list[Found] = []
 
     @abstractmethod

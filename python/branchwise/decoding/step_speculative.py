@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from ..attention import check_supported, use_attention
-from ..drafters import Drafter, DraftRequest, Model, make_drafter
+from ..drafters import Drafter, DraftRequest, Model, NoDrafts
 from ..forward import StoredModel
 from ..noise import Seed, row_seeds
+from .auto import drafter_of
 from .branches import Branches, Ends
 from .monitor import Monitor, watch
 from .request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict, row_processors
@@ -70,8 +71,8 @@ class StepSpeculative:
         threshold: least score of a step that stays; 0 to 9 for a judge, nats for log-probabilities.
         step_tokens: most tokens of a step.
         first_base_steps: steps that the base model writes without asking.
-        thought: whether thinking is over, given all tokens of the answer: ``StepEnd(tokenizer, "</think>")``. None:
-            steps go on to the end of the text.
+        thought: whether thinking is over, given a step's tokens; it ends the step, too:
+            ``StepEnd(tokenizer, "</think>")``. None: steps go on to the end of the text.
         budget: tokens of thinking.
         stop_rules: end thinking when one of them says so, given the accepted steps; an :class:`AnswerFound`, for
             example.
@@ -116,7 +117,7 @@ class StepSpeculative:
             budget,
         )
         self.stop_rules, self.closing = stop_rules, torch.empty(0, dtype=torch.int64) if closing is None else closing
-        self.drafter = None if drafter is None else make_drafter(drafter)
+        self.drafter = None if drafter is None else drafter_of(drafter)
         self.max_nodes, self.seed, self.monitor = max_nodes, seed, monitor
         self.traces: list[StepTrace] = []
         self.stats = DecodeStats()
@@ -182,7 +183,7 @@ class _Row:
         eos = getattr(config, "_eos_token_tensor", None)  # set by generate
         self.eos = set() if eos is None else set(eos.flatten().tolist())
         common = config, processors, stopping, longest, padding, seed
-        self.little = Branches(options.small, *common, first_number=1)
+        self.little = Branches(options.small, *common, NoDrafts(), first_number=1)
         self.small = self.little.root(prompt)
         drafter = _Continues(self.little, self.small) if options.drafter is None else options.drafter
         self.base = Branches(model, *common, drafter, options.max_nodes, options.monitor)
@@ -201,16 +202,17 @@ class _Row:
         steps: list[Tensor] = []
         while not self.ended:
             left = options.budget - len(self.base.said(self.root))
+            if options.thought is not None and steps and options.thought(steps[-1]):
+                break
             if left <= 0:
                 self.trace.stopped = "budget"
-            elif options.thought is not None and options.thought(self.base.said(self.root)):
-                break
             elif steps:
                 rules = (rule for rule in options.stop_rules if rule(steps))
                 rule = next(rules, None)
                 self.trace.stopped = "" if rule is None else getattr(rule, "__name__", type(rule).__name__)
             if self.trace.stopped:
-                self._say({"tokens": options.closing.tolist(), "writer": USER}, streamer)
+                room = self.base.longest - len(self.text)
+                self._say({"tokens": options.closing[:room].tolist(), "writer": USER}, streamer)
                 break
             begun = len(self.text)
             self._step(len(self.trace.steps) < options.first_base_steps, min(left, options.step_tokens), streamer)
@@ -225,7 +227,7 @@ class _Row:
         event: dict[str, Any] = {}
         if not forced:
             begun = len(self.text)
-            self.little.write([self.small], 1, options.ends, most)
+            self.little.write([self.small], 1, self._ends, most)
             step = self.little.texts[self.small][begun:]
             event["score"] = self._score(step)
             if event["score"] >= options.threshold:
@@ -235,8 +237,12 @@ class _Row:
             self.little.truncate(self.small, begun)
             self.little.renumber(self.small)  # what it says next must not depend on what was rejected
         begun = len(self.text)
-        self._write_base(options.ends, most)
+        self._write_base(self._ends, most)
         self._say({"tokens": self.text[begun:].tolist(), "writer": BASE, **event}, streamer, said=True)
+
+    def _ends(self, step: Tensor) -> bool:
+        thought = self.options.thought
+        return self.options.ends(step) or (thought is not None and thought(step))
 
     def _score(self, step: Tensor) -> float:
         scorer: Any = self.options.scorer

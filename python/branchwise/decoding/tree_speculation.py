@@ -11,10 +11,10 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from ..acceptance import Rule, choose_rule
 from ..attention import check_supported, use_attention
-from ..drafters import Drafter, make_drafter
+from ..drafters import Drafter
 from ..noise import Noise, Seed, row_seeds
 from ..tree import DrawKind
-from .auto import Auto
+from .auto import Auto, drafter_of
 from .bandit import Bandit
 from .monitor import Monitor, watch
 from .request import callers_streamer, check_request, prompt_starts, row_processors
@@ -62,7 +62,7 @@ class TreeSpeculation:
     ) -> None:
         if not 1 <= max_nodes <= 1024:
             raise ValueError(f"max_nodes must lie between 1 and 1024, got {max_nodes}")
-        self.drafter = Auto() if drafter == "auto" else make_drafter(drafter)
+        self.drafter = drafter_of(drafter)
         self.max_nodes = max_nodes
         self.adaptive = adaptive
         self.rule = rule

@@ -122,7 +122,7 @@ class ShortMAtK(Search):
         done = [row for row in rows if self.thought(branches.said(row))]
         first = sorted(done, key=lambda row: len(branches.said(row)))[: self.m] or rows
         branches.prune([row for row in rows if row not in first])
-        branches.write(first, self.width)
+        branches.write(first, self.m)
         texts = [branches.said(row) for row in first]
         answers = [self.answer(text) for text in texts]
         best = answers.index(majority(answers, [len(text) for text in texts]))
