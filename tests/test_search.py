@@ -205,7 +205,7 @@ def law(model, prompt, new, allowed, eos=None):
 
 def partial_reward(prompt, texts):
     """In (0, 1), from the last two tokens and the length."""
-    return [0.15 + 0.7 * ((int(t[-1]) * 5 + int(t[-2:].sum()) * 3 + len(t)) % 11) / 10 for t in texts]
+    return [0.2 + 0.6 * ((int(t[-1]) * 5 + int(t[-2:].sum()) * 3 + len(t)) % 11) / 10 for t in texts]
 
 
 def posterior(model, prompt, new, allowed, eos=None):
@@ -219,18 +219,18 @@ def posterior(model, prompt, new, allowed, eos=None):
     return {text: p / total for text, p in weights.items()}
 
 
-def particle_distance(finished, allowed, eos, n=4096, **options):
+def particle_distance(finished, allowed, eos, n=4096, seed=0, **options):
     model = tiny.model("llama")
     prompt = torch.tensor([5, 9, 17, 4])
     stopping = StoppingCriteriaList([] if eos is None else [lambda ids, scores, **kw: ids[:, -1] == eos])
     search = bw.ParticleFilter(n, partial_reward, lambda text: True, finished=finished, **options)
     with torch.no_grad(), use_attention(model):
-        branches, root = grove(model, prompt, 4, allowed=allowed, stopping=stopping)
+        branches, root = grove(model, prompt, 3, allowed=allowed, stopping=stopping, seed=seed)
         found = search.search(branches, root)
     shares = Counter()
     for text, weight in zip(found.texts, found.scores, strict=True):
         shares[tuple(text.tolist())] += weight
-    exact = posterior(model, prompt, 4, allowed, eos)
+    exact = posterior(model, prompt, 3, allowed, eos)
     assert abs(sum(shares.values()) - 1) < 1e-9
     return sum(abs(shares[text] - exact.get(text, 0)) for text in {*shares, *exact}) / 2
 
@@ -244,8 +244,8 @@ def test_particles_follow_the_posterior(systematic):
 def test_particles_that_end_early():
     """Only the neutral weight keeps to the law; the published settings don't, and this test would notice."""
     assert particle_distance("exact", (2, 3, 11), 2) < 0.03
-    assert particle_distance("kept", (2, 3, 11), 2) > 0.06
-    assert particle_distance("aside", (2, 3, 11), 2) > 0.06
+    assert particle_distance("kept", (2, 3, 11), 2) > 0.045
+    assert particle_distance("aside", (2, 3, 11), 2) > 0.045
 
 
 class Toy:
