@@ -461,6 +461,13 @@ def test_step_end(tokens, ends):
     assert not any(end(torch.tensor(tokens[:n])) for n in range(1, len(tokens)))
 
 
+class Silent:
+    def put(self, tokens):
+        pass
+
+    end = put
+
+
 def one_prompt_call(make, **options):
     model = tiny.model("llama")
     return model.generate(torch.tensor([[5, 6, 7]]), custom_generate=make(), **{**SAMPLING, **options})
@@ -486,6 +493,10 @@ def one_prompt_call(make, **options):
         (
             r"reward must lie in \[0, 1\] for AStar",
             lambda: one_prompt_call(lambda: bw.AStar(2, lambda p, t: [2.0, 0.0], last_of_four)),
+        ),
+        (
+            "streamer is not supported by BestOfN",
+            lambda: one_prompt_call(lambda: bw.BestOfN(2, by_sum), streamer=Silent()),
         ),
         (
             "return_dict_in_generate=True is not supported by BestOfN",

@@ -174,7 +174,10 @@ def test_judge_reads_the_step_and_its_suffix_only():
     base, small = models()
     ids, _ = tiny.prompts(1, 3, longest=40)
     scorer = bw.JudgeScore(Digits(), "31 32 33 34 35", average=True, top=128)
-    decoder = bw.StepSpeculative(small, scorer, step_ends, threshold=4.5)
+    decoder = bw.StepSpeculative(small, scorer, step_ends, threshold=-1, seed=0)
+    generate(decoder, ids, **SAMPLING)
+    marks = sorted(step["score"] for step in decoder.traces[0].steps)
+    decoder.threshold = marks[len(marks) // 2]
     read = []
     handle = base.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
@@ -230,6 +233,7 @@ def test_both_models_keep_what_a_fresh_prefill_would_hold():
             lambda self, step, logits: (plain(self, step, logits), float(torch.rand((), generator=chance)))[1],
         )
         decoder = bw.StepSpeculative(small, scorer, step_ends, threshold=0.5, stop_rules=())
+        decoder.seed = 3
         generate(decoder, ids, **SAMPLING, max_new_tokens=400, eos_token_id=None)
     run = runs[0]
     steps = decoder.traces[0].steps

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from ..acceptance import choose_rule, policy_lossy
 from ..drafters import Confident
 from ..tree import DrawKind
+from .call import Call
 from .monitor import Monitor, watch
-from .request import callers, callers_streamer, check_mode, limits, pad_and_stack, refuse_dict, row_processors
-from .seq2seq import Decoder, write_row
+from .request import callers, check_mode, pad_and_stack, refuse_dict
+from .seq2seq import CachedDecoder, write_row
 from .stats import DecodeStats
 from .tree_run import TreeSpeculationOutput
 from .tree_speculation import TreeSpeculation
@@ -69,46 +68,19 @@ class BigLittle(TreeSpeculation):
             monitor=monitor,
         )
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor | TreeSpeculationOutput:
-        config = generation_config or model.generation_config
-        if config.do_sample:
+    def decode(self, call: Call) -> Tensor | TreeSpeculationOutput:
+        if call.config.do_sample:
             raise ValueError("BigLittle decodes greedily: do_sample must be False")
-        kinds = [m.config.is_encoder_decoder for m in (self.little, model)]
+        kinds = [m.config.is_encoder_decoder for m in (self.little, call.model)]
         if kinds[0] != kinds[1]:
             raise ValueError("little must be an encoder-decoder if, and only if, the large model is one")
-        if kinds[0]:
-            return self._seq2seq(
-                model, input_ids, logits_processor, stopping_criteria, config, streamer, **model_kwargs
-            )
-        return super().__call__(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
-        )
+        return self._seq2seq(call) if kinds[0] else super().decode(call)
 
-    @torch.no_grad()
-    def _seq2seq(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None,
-        stopping_criteria: StoppingCriteriaList | None,
-        config: GenerationConfig,
-        streamer: Any,
-        *,
-        encoder_outputs: Any = None,
-        attention_mask: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        check_mode("BigLittle", config)
-        refuse_dict("BigLittle", config)
+    def _seq2seq(self, call: Call) -> Tensor:
+        check_mode(call.decoder, call.config)
+        refuse_dict(call.decoder, call.config)
+        model, input_ids = call.model, call.input_ids
+        encoder_outputs, mask = (call.model_kwargs.get(name) for name in ("encoder_outputs", "attention_mask"))
         inputs = callers("inputs_tensor")  # what the little model's encoder must read is not handed over
         if inputs is None or encoder_outputs is None:
             raise ValueError("with an encoder-decoder, BigLittle works through generate(custom_generate=...) only")
@@ -119,11 +91,10 @@ class BigLittle(TreeSpeculation):
                 f"{vocabularies[1]} tokens"
             )
         B = input_ids.shape[0]
-        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
-        processors = row_processors(logits_processor, B)
-        mask = torch.ones(inputs.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
-        eos = getattr(config, "_eos_token_tensor", None)  # set by generate
-        streamer = streamer if streamer is not None else callers_streamer()
+        longest, stopping, pad = call.limits()
+        processors = call.row_processors()
+        mask = torch.ones(inputs.shape[:2], dtype=torch.int64) if mask is None else mask
+        eos = getattr(call.config, "_eos_token_tensor", None)  # set by generate
         self.stats = DecodeStats(rule="surprisal_lossy", exact=False)
         texts = []
         with watch(self.monitor, B * (longest - input_ids.shape[1])):
@@ -132,8 +103,8 @@ class BigLittle(TreeSpeculation):
                 encoded = self.little.get_encoder()(input_ids=inputs[here], attention_mask=mask[here])
                 texts.append(
                     write_row(
-                        Decoder(model, encoder_outputs[0][here], mask[here]),
-                        Decoder(self.little, encoded[0], mask[here]),
+                        CachedDecoder(model, encoder_outputs[0][here], mask[here]),
+                        CachedDecoder(self.little, encoded[0], mask[here]),
                         input_ids[row],
                         fallback=self.fallback,
                         little_tokens=self.little_tokens,
@@ -143,10 +114,10 @@ class BigLittle(TreeSpeculation):
                         longest=longest,
                         eos=frozenset() if eos is None else frozenset(eos.flatten().tolist()),
                         stats=self.stats,
-                        streamer=streamer,
+                        streamer=call.streamer,
                         monitor=self.monitor,
                     )
                 )
-        if streamer is not None:
-            streamer.end()
+        if call.streamer is not None:
+            call.streamer.end()
         return pad_and_stack(texts, pad)

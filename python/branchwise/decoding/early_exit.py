@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ..attention import check_supported, use_attention
+from ..attention import use_attention
 from ..cache import KVStore
 from ..forward import StoredModel
 from ..layers import LayerSwitch, pass_through
-from .request import callers_streamer, check_request, pad_and_stack, prompt_starts, row_processors
+from .call import Call, Decoder
+from .request import pad_and_stack
 from .stats import DecodeStats
 
 # Hidden states [n, H] after a layer -> logits [n, 3] of stop, exit and continue.
@@ -22,7 +23,7 @@ Controller = Callable[[Tensor], Tensor]
 _STOP, _EXIT = 0, 1
 
 
-class EarlyExitLossy:
+class EarlyExitLossy(Decoder):
     """A ``custom_generate`` callable for greedy decoding with fewer layers, **lossy**: other tokens than the model's
     own (card early-exit, B and C; SoFT, Kavehzadeh et al. 2023, arXiv 2309.08968, and the stop-and-exit controller of
     arXiv 2401.09964). For the lossless use of early layers see :class:`branchwise.drafters.EarlyExit`.
@@ -65,20 +66,9 @@ class EarlyExitLossy:
         self.stopped: list[int] = []
         self.stats = DecodeStats()
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
-        config = generation_config or model.generation_config
-        check_supported(model)
-        check_request("EarlyExitLossy", config, model_kwargs)
+    def decode(self, call: Call) -> Tensor | GenerateDecoderOnlyOutput:
+        call.check(returns_dict=True)
+        model, input_ids, config = call.model, call.input_ids, call.config
         if config.do_sample:
             raise ValueError("EarlyExitLossy decodes greedily: pass do_sample=False")
         layers = model.config.get_text_config().num_hidden_layers
@@ -86,12 +76,10 @@ class EarlyExitLossy:
             raise ValueError(f"exits must lie before the model's last layer, {layers}, got {max(self.thresholds)}")
         if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
             raise ValueError(f"{type(model).__name__} has layers that read the keys of earlier ones within a forward")
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        prompts = [input_ids[b, start:] for b, start in enumerate(starts)]
-        stopping = stopping_criteria or StoppingCriteriaList()
+        prompts, streamer = call.prompts, call.streamer
+        stopping = call.stopping or StoppingCriteriaList()
         max_length = stopping.max_length or config.max_length
-        processors = row_processors(logits_processor, len(prompts))
-        streamer = streamer if streamer is not None else callers_streamer()
+        processors = call.row_processors()
         self.exits = dict.fromkeys([*self.thresholds, layers], 0)
         self.stopped, self.stats = [], DecodeStats(rule="early_exit_lossy", exact=False)
         texts = [input_ids[b : b + 1] for b in range(len(prompts))]

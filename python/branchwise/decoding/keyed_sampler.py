@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from .. import ops
 from ..noise import Noise, Seed, row_seeds
-from .request import callers_streamer, prompt_starts
+from .call import Call, Decoder
 
 
-class PositionKeyedSampler:
+class PositionKeyedSampler(Decoder):
     """A ``custom_generate`` callable: transformers' own sampling loop, one token per forward, with noise that is a
     function of the seed, the prompt and the position.
 
@@ -28,30 +28,19 @@ class PositionKeyedSampler:
     def __init__(self, seed: Seed = None) -> None:
         self.seed = seed
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        config = generation_config or model.generation_config
+    def decode(self, call: Call) -> Any:
+        model, input_ids, config = call.model, call.input_ids, call.config
         if not config.do_sample:
             raise ValueError("PositionKeyedSampler samples: pass do_sample=True")
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        prompts = [input_ids[b, start:].numpy() for b, start in enumerate(starts)]
-        draw = _KeyedDraw(Noise(row_seeds(self.seed, len(prompts)), prompts), torch.tensor(starts))
+        noise = Noise(row_seeds(self.seed, len(call.prompts)), [prompt.numpy() for prompt in call.prompts])
+        draw = _KeyedDraw(noise, torch.tensor(call.starts))
         return model._sample(
             input_ids,
-            logits_processor=LogitsProcessorList([*(logits_processor or []), draw]),
-            stopping_criteria=stopping_criteria or StoppingCriteriaList(),
+            logits_processor=LogitsProcessorList([*(call.processors or []), draw]),
+            stopping_criteria=call.stopping or StoppingCriteriaList(),
             generation_config=config,
-            streamer=streamer if streamer is not None else callers_streamer(),
-            **model_kwargs,
+            streamer=call.streamer,
+            **call.model_kwargs,
         )
 
 

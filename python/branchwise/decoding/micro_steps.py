@@ -7,18 +7,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from .. import ops
-from ..attention import check_supported, use_attention
+from ..attention import use_attention
 from ..cache import KVStore
 from ..forward import StoredModel
 from ..kv.base import windowed_layers
 from ..layers import decoder_layers
 from ..noise import Noise, Seed, row_seeds
 from ..target import Processor
+from .call import Call, Decoder
 from .monitor import Monitor, watch
-from .request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict, row_processors
+from .request import pad_and_stack
 from .stats import DecodeStats
 
 
@@ -53,7 +54,7 @@ class MicroHead(Protocol):
         ...
 
 
-class MicroSteps:
+class MicroSteps(Decoder):
     """A ``custom_generate`` callable for a model that was trained with a :class:`MicroHead` (HAMburger, Liu and Zhang
     2025, arXiv 2505.20438), **lossy** against the model without it.
 
@@ -91,21 +92,9 @@ class MicroSteps:
         self.stats = DecodeStats()
         self.slots: list[int] = []
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        config = generation_config or model.generation_config
-        check_supported(model)
-        check_request("MicroSteps", config, model_kwargs)
-        refuse_dict("MicroSteps", config)
+    def decode(self, call: Call) -> Tensor:
+        call.check()
+        model, input_ids = call.model, call.input_ids
         if windowed := sorted(windowed_layers(model)):
             raise ValueError(f"layers {windowed} have a sliding window; with merged tokens, slots are no positions")
         text_config = model.config.get_text_config()
@@ -113,16 +102,14 @@ class MicroSteps:
             if (value := getattr(text_config, option, None)) not in (None, 1, 1.0):
                 raise ValueError(f"{type(model).__name__} has {option} = {value}, which micro steps would leave out")
         B, length = input_ids.shape
-        longest, stopping, pad = limits(config, stopping_criteria, length)
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        prompts = [input_ids[b, start:] for b, start in enumerate(starts)]
+        longest, stopping, pad = call.limits()
         noise = None
-        if config.do_sample:
-            noise = Noise(row_seeds(self.seed, B), [prompt.numpy() for prompt in prompts])
-        run = _Run(self, model, row_processors(logits_processor, B), stopping, longest, noise)
-        run.streamer = streamer if streamer is not None else callers_streamer()
+        if call.config.do_sample:
+            noise = Noise(row_seeds(self.seed, B), [prompt.numpy() for prompt in call.prompts])
+        run = _Run(self, model, call.row_processors(), stopping, longest, noise)
+        run.streamer = call.streamer
         with use_attention(model), watch(self.monitor, B * (longest - length)):
-            run.decode(input_ids, starts)
+            run.decode(input_ids, call.starts)
         if run.streamer is not None:
             run.streamer.end()
         self.stats, self.slots = run.stats, run.slots

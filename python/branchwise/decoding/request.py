@@ -151,7 +151,7 @@ def callers_streamer() -> Any:
 def callers(name: str) -> Any:
     """A local variable of the ``generate`` call that is running this decoder; None if there is none."""
     frame = sys._getframe(1)
-    for _ in range(6):  # wrappers such as no_grad lie between
+    for _ in range(8):  # wrappers such as no_grad lie between
         if frame.f_code.co_name == "generate" and "custom_generate" in frame.f_locals:
             return frame.f_locals.get(name)
         if frame.f_back is None:

@@ -6,18 +6,18 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ..attention import check_supported, use_attention
 from ..cache import KVStore
 from ..forward import StoredModel
 from ..noise import Noise, Purpose, Seed, row_seeds
+from .call import Call, Decoder
 from .monitor import Monitor, watch
-from .request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict
+from .request import pad_and_stack
 from .stats import DecodeStats
 
 FALLBACK = -1  # the trial of a token that the student drew itself
@@ -42,7 +42,7 @@ class Trace:
         return sum(trial != FALLBACK for trial in self.trials) / max(len(self.trials), 1)
 
 
-class ReverseSpeculative:
+class ReverseSpeculative(Decoder):
     """A ``custom_generate`` callable for the *student*, **lossy**: makes training texts in a teacher's words that the
     student finds likely (Kim et al. 2025, arXiv 2509.22230).
 
@@ -100,36 +100,21 @@ class ReverseSpeculative:
         self.traces: list[Trace] = []
         self.stats = DecodeStats()
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        config = generation_config or model.generation_config
-        check_supported(model)
-        check_request("ReverseSpeculative", config, model_kwargs)
-        refuse_dict("ReverseSpeculative", config)
-        if logits_processor:
+    def decode(self, call: Call) -> Tensor:
+        call.check()
+        if call.processors:
             raise ValueError(
                 f"ReverseSpeculative draws by options of its own, for both models alike; it cannot use "
-                f"{type(logits_processor[0]).__name__}"
+                f"{type(call.processors[0]).__name__}"
             )
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        prompts = [input_ids[b, start:] for b, start in enumerate(starts)]
-        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
+        input_ids, prompts, streamer = call.input_ids, call.prompts, call.streamer
+        longest, stopping, pad = call.limits()
         noise = Noise(row_seeds(self.seed, len(prompts)), [prompt.numpy() for prompt in prompts])
-        run = _Run(self, model, prompts, noise)
+        run = _Run(self, call.model, prompts, noise)
         self.traces = [Trace() for _ in prompts]
         with watch(self.monitor, len(prompts) * (longest - input_ids.shape[1])):
             run.decode(self.traces, input_ids, longest, stopping)
         self.stats = run.stats
-        streamer = streamer if streamer is not None else callers_streamer()
         if streamer is not None:
             for trace in self.traces:
                 streamer.put(torch.tensor(trace.tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
-from ..attention import check_supported, use_attention
+from ..attention import use_attention
 from ..drafters import Drafter
 from ..noise import Seed, row_seeds
 from .auto import drafter_of
 from .branches import Branches
+from .call import Call, Decoder
 from .monitor import Monitor, watch
-from .request import check_request, limits, pad_and_stack, prompt_starts, refuse_dict, row_processors
+from .request import pad_and_stack
 from .stats import DecodeStats
 
 Reward = Callable[[Tensor, Sequence[Tensor]], Sequence[float]]  # prompt i64[n], continuations i64[m_i]: a number each
@@ -44,7 +44,7 @@ class Found:
     trace: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
-class Search(ABC):
+class Search(Decoder):
     """A ``custom_generate`` callable that writes several continuations of a prompt and returns one.
 
     All of them live in one :class:`branchwise.kv_tree.KVTree`: the prompt and what continuations share are stored once
@@ -80,30 +80,17 @@ class Search(ABC):
     def search(self, branches: Branches, root: int) -> Found:
         """Continues the prompt, which is the text of ``root``."""
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        name = type(self).__name__
-        config = generation_config or model.generation_config
-        check_supported(model)
-        check_request(name, config, model_kwargs)
-        refuse_dict(name, config)
+    def decode(self, call: Call) -> Tensor:
+        call.check()
+        model, input_ids, config = call.model, call.input_ids, call.config
         if not config.do_sample and self.width > 1:
-            raise ValueError(f"{name} compares continuations that differ: do_sample must be True")
-        if streamer is not None:
-            raise ValueError(f"streamer is not supported by {name}: which text it returns is known at the end")
-        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
+            raise ValueError(f"{call.decoder} compares continuations that differ: do_sample must be True")
+        if call.streamer is not None:
+            raise ValueError(f"streamer is not supported by {call.decoder}: which text it returns is known at the end")
+        longest, stopping, pad = call.limits()
+        starts = call.starts
         # Branches share their row's processors, so they are checked as those of a batch.
-        processors = row_processors(logits_processor, max(len(starts), self.width))
+        processors = call.row_processors(max(len(starts), self.width))
         self.found = []
         texts = []
         with use_attention(model), watch(self.monitor, len(starts) * self.width * (longest - input_ids.shape[1])):

@@ -19,7 +19,7 @@ from .monitor import Monitor
 from .stats import DecodeStats
 
 
-class Decoder:
+class CachedDecoder:
     """The decoder of an encoder-decoder for one row, with the KV of some of its tokens.
 
     Args:
@@ -56,8 +56,8 @@ class Decoder:
 
 
 def write_row(
-    big: Decoder,
-    little: Decoder,
+    big: CachedDecoder,
+    little: CachedDecoder,
     start: Tensor,
     *,
     fallback: float,
@@ -109,7 +109,7 @@ def write_row(
     return text[0, :length]
 
 
-def _draft(little: Decoder, text: list[int], most: int, fallback: float, eos: frozenset[int]) -> list[int]:
+def _draft(little: CachedDecoder, text: list[int], most: int, fallback: float, eos: frozenset[int]) -> list[int]:
     """What the little model writes while it is sure, but for an end."""
     draft: list[int] = []
     while len(draft) < most:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from ..attention import check_supported, use_attention
 from ..drafters import Drafter, DraftRequest, Model, NoDrafts
@@ -17,8 +17,9 @@ from ..forward import StoredModel
 from ..noise import Seed, row_seeds
 from .auto import drafter_of
 from .branches import Branches, Ends
+from .call import Call, Decoder
 from .monitor import Monitor, watch
-from .request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict, row_processors
+from .request import pad_and_stack
 from .stats import DecodeStats
 from .step_scores import Scorer, StopRule, repeated_step
 
@@ -53,7 +54,7 @@ class StepTrace:
         return self.writers.count(SMALL) / max(len(self.writers), 1)
 
 
-class StepSpeculative:
+class StepSpeculative(Decoder):
     """A ``custom_generate`` callable for the base model, **lossy** (SpecReason, Pan et al. 2025, arXiv 2504.07891).
 
     The small model writes a step of the reasoning. The base model reads it, and behind it what the scorer asks, in one
@@ -122,37 +123,24 @@ class StepSpeculative:
         self.traces: list[StepTrace] = []
         self.stats = DecodeStats()
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        config = generation_config or model.generation_config
-        check_supported(model)
-        check_request("StepSpeculative", config, model_kwargs)
-        refuse_dict("StepSpeculative", config)
+    def decode(self, call: Call) -> Tensor:
+        call.check()
+        model, input_ids, streamer = call.model, call.input_ids, call.streamer
         sizes = [m.config.get_text_config().vocab_size for m in (self.small, model)]
         if sizes[0] > sizes[1]:
             raise ValueError(
                 f"the small model must say tokens of the base model only; their vocabularies have {sizes[0]} and "
                 f"{sizes[1]} tokens"
             )
-        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        processors = row_processors(logits_processor, max(len(starts), 2))  # two models share a row's
-        streamer = streamer if streamer is not None else callers_streamer()
+        longest, stopping, pad = call.limits()
+        starts = call.starts
+        processors = call.row_processors(max(len(starts), 2))  # two models share a row's
         self.traces, self.stats = [], DecodeStats()
         texts = []
         most = len(starts) * (longest - input_ids.shape[1])
         with use_attention(model), use_attention(self.small), watch(self.monitor, most):
             for row, (start, seed) in enumerate(zip(starts, row_seeds(self.seed, len(starts)), strict=True)):
-                run = _Row(self, model, config, processors[row], stopping, longest, start, seed, input_ids[row])
+                run = _Row(self, model, call.config, processors[row], stopping, longest, start, seed, input_ids[row])
                 self.traces.append(run.trace)
                 try:
                     run.write(streamer)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ..acceptance import Rule, choose_rule
-from ..attention import check_supported, use_attention
+from ..attention import use_attention
 from ..drafters import Drafter
 from ..noise import Noise, Seed, row_seeds
 from ..tree import DrawKind
 from .auto import Auto, drafter_of
 from .bandit import Bandit
+from .call import Call, Decoder
 from .monitor import Monitor, watch
-from .request import callers_streamer, check_request, prompt_starts, row_processors
 from .stats import DecodeStats
 from .tree_run import TreeRun, TreeSpeculationOutput
 from .tree_size import TreeSizer, cost_model
 
 
-class TreeSpeculation:
+class TreeSpeculation(Decoder):
     """A ``custom_generate`` callable: ``model.generate(**inputs, custom_generate=TreeSpeculation())``.
 
     Greedy decoding gives the tokens of plain ``generate`` (fp32: token for token). Sampling keeps the target's
@@ -71,25 +69,12 @@ class TreeSpeculation:
         self.stats = DecodeStats()
         self._sizers: WeakKeyDictionary[PreTrainedModel, TreeSizer] = WeakKeyDictionary()
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor | TreeSpeculationOutput:
-        config = generation_config or model.generation_config
-        check_supported(model)
-        check_request("TreeSpeculation", config, model_kwargs)
-        processors = row_processors(logits_processor, input_ids.shape[0])
+    def decode(self, call: Call) -> Tensor | TreeSpeculationOutput:
+        call.check(returns_dict=True)
+        model, config, prompts = call.model, call.config, call.prompts
+        processors = call.row_processors()
         rule = choose_rule(self.rule, self.drafter.draws, bool(config.do_sample), processors)
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        prompts = [input_ids[b, start:] for b, start in enumerate(starts)]
-        stopping = stopping_criteria or StoppingCriteriaList()
+        stopping = call.stopping or StoppingCriteriaList()
         longest = stopping.max_length or config.max_length
         seeds = row_seeds(self.seed, len(prompts)) if config.do_sample or not rule.exact else [0] * len(prompts)
         drawn = self.drafter.draws is not DrawKind.DETERMINISTIC and config.do_sample
@@ -104,13 +89,13 @@ class TreeSpeculation:
             processors=processors,
             noise=Noise(seeds, [prompt.numpy() for prompt in prompts]),
             stopping=[stopping] * len(prompts),
-            streamer=streamer if streamer is not None else callers_streamer(),
+            streamer=call.streamer,
             max_nodes=self.max_nodes,
             cost=cost,
             sizer=sizer if adaptive else None,
             monitor=self.monitor,
         )
-        with use_attention(model), watch(self.monitor, len(prompts) * (longest - input_ids.shape[1])):
-            run.decode(self.drafter, list(input_ids), starts, [longest] * len(prompts))
+        with use_attention(model), watch(self.monitor, len(prompts) * (longest - call.input_ids.shape[1])):
+            run.decode(self.drafter, list(call.input_ids), call.starts, [longest] * len(prompts))
         self.stats = run.stats
         return run.result()

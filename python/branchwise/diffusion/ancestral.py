@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from .. import ops
 from ..attention import use_attention
-from ..decoding.request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict
+from ..decoding.call import Call, Decoder
+from ..decoding.request import pad_and_stack
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Purpose, Seed, row_seeds
 from .decoder import sampling_of
@@ -30,7 +31,7 @@ def visible(t: float) -> float:
     return 1 - (1 - _CLEAN) * t
 
 
-class AncestralSampling:
+class AncestralSampling(Decoder):
     """A ``custom_generate`` callable: samples the reverse of the masking process in ``steps`` forwards.
 
     A step from time t to s unmasks every mask with probability ``(a(s) - a(t)) / (1 - a(t))``, a the share of visible
@@ -61,44 +62,31 @@ class AncestralSampling:
         self.steps, self.removal, self.spec, self.seed = steps, removal, spec, seed
         self.stats = DecodeStats()
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        config, name = generation_config or model.generation_config, type(self).__name__
-        check_request(name, config, model_kwargs)
-        refuse_dict(name, config)
-        temperature, processors = sampling_of(name, config, logits_processor)
+    def decode(self, call: Call) -> Tensor:
+        call.check(causal=False)
+        model, input_ids, streamer = call.model, call.input_ids, call.streamer
+        temperature, processors = sampling_of(call.decoder, call.config, call.processors)
         if processors:
             raise ValueError(
-                f"{name} samples the model's softmax as it is; it cannot use {type(processors[0]).__name__}"
+                f"{call.decoder} samples the model's softmax as it is; it cannot use {type(processors[0]).__name__}"
             )
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
+        longest, stopping, pad = call.limits()
         new_tokens = longest - input_ids.shape[1]
-        prompts = [input_ids[b, start:].cpu() for b, start in enumerate(starts)]
+        prompts = [prompt.cpu() for prompt in call.prompts]
         spec = spec_of(model) if self.spec is None else self.spec
         spec.check_prompts(prompts)
         noise = Noise(row_seeds(self.seed, len(prompts)), [prompt.numpy() for prompt in prompts])
         chain = Chain(model, spec, prompts, new_tokens, noise, temperature or 1.0)
         with use_attention(model) if runs_on_kernels(model) else nullcontext():
             self._run(chain)
-        self.stats = DecodeStats(rule=name, forwards=chain.engine.forwards, row_forwards=chain.row_forwards)
+        self.stats = DecodeStats(rule=call.decoder, forwards=chain.engine.forwards, row_forwards=chain.row_forwards)
         texts = []
         for b, text in enumerate(chain.texts):
-            whole = torch.cat([input_ids[b, : starts[b]].cpu(), text])
+            whole = torch.cat([input_ids[b, : call.starts[b]].cpu(), text])
             # What follows the first end is not text.
             ends = range(input_ids.shape[1] + 1, longest)
             end = next((n for n in ends if stopping and bool(stopping(whole[None, :n], None).all())), longest)
             texts.append(whole[:end].to(input_ids.device))
-        streamer = streamer if streamer is not None else callers_streamer()
         if streamer is not None:  # nothing is final before the end
             for text in texts:
                 streamer.put(text[input_ids.shape[1] :].cpu())

@@ -13,7 +13,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from ..attention import use_attention
-from ..decoding.request import callers_streamer, check_request, limits, pad_and_stack, prompt_starts, refuse_dict
+from ..decoding.call import Call, Decoder
+from ..decoding.request import pad_and_stack
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Seed, row_seeds
 from ..target import ignores_text
@@ -27,7 +28,7 @@ from .window import Kind
 FORMS = ("tree", "copy")
 
 
-class BlockDecoder:
+class BlockDecoder(Decoder):
     """A ``custom_generate`` callable for masked-diffusion models that unmasks block after block.
 
     One state per forward, and the step that the rule takes from it: static decoding (:class:`Static`), dynamic
@@ -82,27 +83,14 @@ class BlockDecoder:
         self.form, self.seed, self.on_state = form, seed, on_state
         self.stats = DecodeStats()
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        generation_config: GenerationConfig | None = None,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        config = generation_config or model.generation_config
-        name = type(self).__name__
-        check_request(name, config, model_kwargs)
-        refuse_dict(name, config)
-        starts = prompt_starts(input_ids, model_kwargs.get("attention_mask"))
-        prompts = [input_ids[b, start:].cpu() for b, start in enumerate(starts)]
-        temperature, processors = sampling_of(name, config, logits_processor)
+    def decode(self, call: Call) -> Tensor:
+        call.check(causal=False)
+        model, input_ids = call.model, call.input_ids
+        prompts = [prompt.cpu() for prompt in call.prompts]
+        temperature, processors = sampling_of(call.decoder, call.config, call.processors)
         layout = self.layout(model)
         layout.spec.check_prompts(prompts)
-        longest, stopping, pad = limits(config, stopping_criteria, input_ids.shape[1])
+        longest, stopping, pad = call.limits()
         new_tokens = longest - input_ids.shape[1]
         noise = Noise(
             row_seeds(self.seed, len(prompts)) if temperature else [0] * len(prompts), [p.numpy() for p in prompts]
@@ -114,9 +102,9 @@ class BlockDecoder:
             begun = time.perf_counter()
             run = _Run(rows, self._engine(model, layout, rows), sampler, self.on_state)
             run.stats.seconds_prefill = time.perf_counter() - begun
-            run.padding = [input_ids[b, :start] for b, start in enumerate(starts)]
+            run.padding = [input_ids[b, :start] for b, start in enumerate(call.starts)]
             run.stopping = stopping
-            run.streamer = streamer if streamer is not None else callers_streamer()
+            run.streamer = call.streamer
             run.decode()
         self.stats = run.stats
         texts = [
