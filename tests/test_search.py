@@ -384,6 +384,18 @@ def test_guided_searches_on_a_model(make, drafter):
         assert 1 <= len(text) <= 24 and (len(text) == 24 or text[-1] == 2)
 
 
+def test_equal_prompts_draw_apart():
+    model = tiny.model("llama")
+    ids, mask = tiny.prompts(1, 2)
+    particles = bw.ParticleFilter(3, partial_reward, lambda text: len(text) >= 5, seed=2)
+    for search in (bw.BestOfN(3, by_sum, seed=2), particles):
+        model.generate(ids.expand(3, -1), attention_mask=mask.expand(3, -1), custom_generate=search, **SAMPLING)
+        texts = [tuple(text.tolist()) for found in search.found for text in found.texts]
+        assert len(set(texts)) > 6
+    model.generate(ids, attention_mask=mask, custom_generate=particles, **SAMPLING)
+    assert tuple(particles.found[0].texts[0].tolist()) == texts[0]  # the first is what it is alone
+
+
 def test_cancelling_returns_what_there_is():
     model = tiny.model("llama")
     ids, mask = tiny.prompts(1, 6)

@@ -42,6 +42,18 @@ def row_seeds(seed: Seed, batch_size: int) -> list[int]:
     return list(seed)
 
 
+def first_numbers(seeds: Sequence[int], prompts: Sequence[Tensor]) -> list[int]:
+    """Where the numbers of each row's branches begin (:meth:`Noise.numbered`): rows of one seed and one prompt draw
+    apart, as equal rows of a batch do."""
+    seen: Counter[int] = Counter()
+    first = []
+    for seed, prompt in zip(seeds, prompts, strict=True):
+        key = _key(seed, prompt.numpy())
+        first.append(seen[key] << 24)
+        seen[key] += 1
+    return first
+
+
 class Noise:
     """The noise of the rows of one ``generate`` call.
 

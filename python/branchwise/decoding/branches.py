@@ -82,7 +82,7 @@ class Branches:
         self.peak_bytes = 0
         self._prompt = torch.empty(0, dtype=torch.int64)
         self._numbers: dict[int, int] = {}
-        self._next_number = first_number
+        self._first_number = self._next_number = first_number
         self._stored = StoredModel(model, self.tree)
 
     @property
@@ -103,7 +103,7 @@ class Branches:
 
     def uniforms(self, step: int, n: int) -> Tensor:
         """f64[n] for decisions about a step as a whole."""
-        noise = Noise.numbered(self.seed, self.prompt, [0])
+        noise = Noise.numbered(self.seed, self.prompt, [self._first_number])
         return noise.row_uniforms(0, torch.full((n,), step), torch.arange(n), Purpose.VERIFY)[:, 0].double()
 
     def said(self, branch: int) -> Tensor:

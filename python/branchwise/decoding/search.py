@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention import use_attention
 from ..drafters import Drafter
-from ..noise import Seed, row_seeds
+from ..noise import Seed, first_numbers, row_seeds
 from .auto import drafter_of
 from .branches import Branches
 from .call import Call, Decoder
@@ -91,10 +91,12 @@ class Search(Decoder):
         starts = call.starts
         # Branches share their row's processors, so they are checked as those of a batch.
         processors = call.row_processors(max(len(starts), self.width))
+        seeds = row_seeds(self.seed, len(starts))
+        numbers = first_numbers(seeds, call.prompts)
         self.found = []
         texts = []
         with use_attention(model), watch(self.monitor, len(starts) * self.width * (longest - input_ids.shape[1])):
-            for row, (start, seed) in enumerate(zip(starts, row_seeds(self.seed, len(starts)), strict=True)):
+            for row, (start, seed, number) in enumerate(zip(starts, seeds, numbers, strict=True)):
                 branches = Branches(
                     model,
                     config,
@@ -106,6 +108,7 @@ class Search(Decoder):
                     self.drafter,
                     self.max_nodes,
                     self.monitor,
+                    number,
                 )
                 found = self.search(branches, branches.root(input_ids[row]))
                 found.stats = branches.stats

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from ..attention import check_supported, use_attention
 from ..drafters import Drafter, DraftRequest, Model, NoDrafts
 from ..forward import StoredModel
-from ..noise import Seed, row_seeds
+from ..noise import Seed, first_numbers, row_seeds
+from ..target import Processor
 from .auto import drafter_of
 from .branches import Branches, Ends
 from .call import Call, Decoder
@@ -135,12 +136,15 @@ class StepSpeculative(Decoder):
         longest, stopping, pad = call.limits()
         starts = call.starts
         processors = call.row_processors(max(len(starts), 2))  # two models share a row's
+        seeds = row_seeds(self.seed, len(starts))
+        numbers = first_numbers(seeds, call.prompts)
         self.traces, self.stats = [], DecodeStats()
         texts = []
         most = len(starts) * (longest - input_ids.shape[1])
         with use_attention(model), use_attention(self.small), watch(self.monitor, most):
-            for row, (start, seed) in enumerate(zip(starts, row_seeds(self.seed, len(starts)), strict=True)):
-                run = _Row(self, model, call.config, processors[row], stopping, longest, start, seed, input_ids[row])
+            for row, (start, seed, number) in enumerate(zip(starts, seeds, numbers, strict=True)):
+                common = call.config, processors[row], stopping, longest, start, seed
+                run = _Row(self, model, common, number, input_ids[row])
                 self.traces.append(run.trace)
                 try:
                     run.write(streamer)
@@ -153,28 +157,23 @@ class StepSpeculative(Decoder):
 
 
 class _Row:
-    """One text, as a branch of each model."""
+    """One text, as a branch of each model; ``common``: what both take alike, see :class:`Branches`."""
 
     def __init__(
         self,
         options: StepSpeculative,
         model: PreTrainedModel,
-        config: GenerationConfig,
-        processors: Sequence[Any],
-        stopping: StoppingCriteriaList,
-        longest: int,
-        padding: int,
-        seed: int,
+        common: tuple[GenerationConfig, Sequence[Processor], StoppingCriteriaList, int, int, int],
+        number: int,
         prompt: Tensor,
     ) -> None:
         self.options, self.trace = options, StepTrace()
-        eos = getattr(config, "_eos_token_tensor", None)  # set by generate
+        eos = getattr(common[0], "_eos_token_tensor", None)  # set by generate
         self.eos = set() if eos is None else set(eos.flatten().tolist())
-        common = config, processors, stopping, longest, padding, seed
-        self.little = Branches(options.small, *common, NoDrafts(), first_number=1)
+        self.little = Branches(options.small, *common, NoDrafts(), first_number=number + 1)
         self.small = self.little.root(prompt)
         drafter = _Continues(self.little, self.small) if options.drafter is None else options.drafter
-        self.base = Branches(model, *common, drafter, options.max_nodes, options.monitor)
+        self.base = Branches(model, *common, drafter, options.max_nodes, options.monitor, number)
         self.root = self.base.root(prompt)
 
     @property
