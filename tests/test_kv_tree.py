@@ -9,7 +9,7 @@ import torch
 import tiny
 from branchwise.attention import use_attention
 from branchwise.cache import KVStore
-from branchwise.forward import StoredModel
+from branchwise.forward import StoredModel, stable_rows
 from branchwise.kv_tree import KVTree
 
 ARCHITECTURES = ["llama", "gemma2", "gemma3", "gemma4", "gpt_neox", "gpt_oss", "qwen3_moe"]
@@ -123,6 +123,7 @@ def run_branches(dtype, others, name="llama", width=5, prefix=700):
     prompt = torch.randint(3, 100, (prefix,), generator=g).tolist()
     tail = torch.randint(3, 100, (40,), generator=g).tolist()
     grove = Grove(name, 16, dtype)
+    width = stable_rows(grove.model, width)
     root = grove.root()
     grove.append([root], [prompt])
     branch = grove.fork(root, 1)[0]
@@ -203,3 +204,22 @@ def test_export_is_what_other_kernels_read():
     keys = grove.tree.layers[0].keys
     flat = keys[table[1].long()].transpose(0, 1).flatten(1, 2)[:, :53]
     assert torch.equal(flat, grove.tree.branch(0, fork)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_stable_rows_are_stable(dtype, threads):
+    """Equal rows among random others give equal bits at every place, for the number that was chosen."""
+    model = tiny.model("llama", dtype)
+    for n in (1, 2, 3):
+        threads(n)
+        for least in range(1, 20):
+            rows = stable_rows(model, least)
+            assert least <= rows <= 2 * least + 64
+            linear = model.model.layers[0].mlp.gate_proj
+            row = torch.randn(32).to(dtype)
+            outs = []
+            for place in range(rows):
+                x = torch.randn(rows, 1, 32).to(dtype)
+                x[place, 0] = row
+                outs.append(linear(x)[place, 0])
+            assert all(torch.equal(out, outs[0]) for out in outs)

@@ -44,14 +44,13 @@ def test_vocabularies_and_dtypes(rule, isa):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_big_trees_and_threads(rule):
+def test_big_trees_and_threads(rule, threads):
     batch = random_batch(rule, 5, B=9, V=2048, longest=300)
     compare(rule, batch)
     results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        threads(count)
         results.append(batch.run(rule))
-    torch.set_num_threads(2)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

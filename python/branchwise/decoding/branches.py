@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from ..acceptance import choose_rule
 from ..drafters import Drafter
-from ..forward import StoredModel
+from ..forward import StoredModel, stable_rows
 from ..kv import policy_of
 from ..kv_tree import KVTree
 from ..noise import Noise, Purpose
@@ -194,7 +194,8 @@ class Branches:
 
         Args:
             branches: those that have ended already are left alone.
-            width: rows of every forward; more branches than that take turns.
+            width: rows of every forward, or as many more as :func:`branchwise.forward.stable_rows` says; more branches
+                than ``width`` take turns.
             ends: of a step, see :class:`StepEnd`; None: only a text ends.
             most: tokens of a step; None: any number.
             enough: asked after every round about the branches that take this turn; True stops them.
@@ -206,9 +207,10 @@ class Branches:
             if branch not in self._numbers:
                 self.renumber(branch)
             self.read(branch)
+        rows = stable_rows(self.model, width)
         for first in range(0, len(branches), width):
             if not self.cancelled:
-                self._run(branches[first : first + width], width, ends, most, enough, begun)
+                self._run(branches[first : first + width], rows, ends, most, enough, begun)
 
     def _run(
         self,
