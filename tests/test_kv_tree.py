@@ -192,6 +192,13 @@ def test_rows_in_hand_are_not_pulled_away():
         KVTree(24)
 
 
+def test_what_rows_alone_can_do_is_refused():
+    tree = KVTree()
+    for call in (tree.evict, tree.make_pages, tree.move, tree.start_empty, tree.copy_rows, tree.row):
+        with pytest.raises(TypeError, match="pages belong to several branches"):
+            call(0, 0)
+
+
 def test_export_is_what_other_kernels_read():
     grove = Grove("llama", 16)
     root = grove.root()

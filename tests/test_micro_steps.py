@@ -11,6 +11,7 @@ import tiny
 from branchwise.attention import use_attention
 from branchwise.cache import KVStore
 from branchwise.forward import StoredModel
+from test_diffusion import Streamer
 
 NEW = 24
 M = 32
@@ -237,16 +238,6 @@ def test_streams_and_cancels():
     model, head = tiny.model("llama"), ToyHead()
     prompts = batch()[2]
     prompt = torch.tensor([prompts[0]])
-
-    class Streamer:
-        def __init__(self):
-            self.tokens, self.ended = [], False
-
-        def put(self, tokens):
-            self.tokens += tokens.flatten().tolist()
-
-        def end(self):
-            self.ended = True
 
     streamer = Streamer()
     out = generate(model, bw.MicroSteps(head, 0.0), prompt, None, streamer=streamer)

@@ -137,8 +137,7 @@ def test_bit_equal_for_any_thread_count(name, dtype, threads):
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
-def test_shared_pages_are_read_once_by_rows_of_one_length(isa):
-    """Rows of one text: all the same bits."""
+def test_rows_of_one_text_get_the_same_bits(isa):
     args, options = forest([(0, 999)] * 5, [999] * 5, 1, 16, 9, 3, 64, torch.float32)
     query = args[0][:1].expand(5, -1, -1, -1)
     table = options["page_table"]

@@ -9,6 +9,7 @@ import transformers as tf
 
 import branchwise as bw
 import tiny
+from test_diffusion import Streamer
 
 NEW = 24
 _T5 = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
@@ -139,18 +140,9 @@ def test_only_the_big_model_ends_a_text():
 def test_streams():
     (big, little), (ids, mask) = models("t5"), batch()
 
-    class Streamer:
-        tokens, ended = (), False
-
-        def put(self, tokens):
-            self.tokens += tuple(tokens.flatten().tolist())
-
-        def end(self):
-            self.ended = True
-
     streamer = Streamer()
     out = generate(big, ids[:1], mask[:1], custom_generate=bw.BigLittle(little), streamer=streamer)
-    assert list(streamer.tokens) == out[0].tolist() and streamer.ended
+    assert streamer.tokens == out[0].tolist() and streamer.ended
 
 
 def test_refusals():

@@ -10,6 +10,7 @@ from branchwise.attention import use_attention
 from branchwise.cache import KVStore
 from branchwise.decoding.step_scores import repeated_step
 from branchwise.forward import StoredModel
+from test_diffusion import Streamer
 
 NEW = 40
 
@@ -323,16 +324,6 @@ def test_regenerated_steps_follow_the_base_model():
 def test_streams_and_cancels():
     small = models()[1]
     ids, mask = tiny.prompts(1, 0)
-
-    class Streamer:
-        def __init__(self):
-            self.tokens, self.ended = [], False
-
-        def put(self, tokens):
-            self.tokens += tokens.flatten().tolist()
-
-        def end(self):
-            self.ended = True
 
     streamer = Streamer()
     decoder = bw.StepSpeculative(small, judge([9.0, 0.0] * 50), step_ends)

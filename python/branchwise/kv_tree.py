@@ -70,7 +70,8 @@ class KVTree(KVStore):
     Forwards (:class:`branchwise.forward.StoredModel`) run the branches named by :meth:`select`, one per row, and read
     shared pages once (:func:`branchwise.ops.cascade_attention`). Appending is a forward, as for any KVStore.
 
-    With the same number of rows in every forward, a branch's logits are bit for bit the same whatever the other
+    With the same number of rows in every forward, one that :func:`branchwise.forward.stable_rows` found, and one token
+    per row, a branch's logits are bit for bit the same whatever the other
     branches are; :class:`branchwise.decoding.branches.Branches` sees to that. Not so for mixtures of experts, which
     batch the rows that chose an expert.
 
@@ -193,6 +194,11 @@ class KVTree(KVStore):
         self.pool.prune(self.pool.branches)
         self.layers.clear()
         self.pool.compact()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a KVTree's pages belong to several branches: it has no rows to evict from, move or copy")
+
+    evict = make_pages = move = start_empty = copy_rows = row = _refuse
 
     @property
     def num_pages(self) -> int:

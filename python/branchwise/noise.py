@@ -45,13 +45,7 @@ def row_seeds(seed: Seed, batch_size: int) -> list[int]:
 def first_numbers(seeds: Sequence[int], prompts: Sequence[Tensor]) -> list[int]:
     """Where the numbers of each row's branches begin (:meth:`Noise.numbered`): rows of one seed and one prompt draw
     apart, as equal rows of a batch do."""
-    seen: Counter[int] = Counter()
-    first = []
-    for seed, prompt in zip(seeds, prompts, strict=True):
-        key = _key(seed, prompt.numpy())
-        first.append(seen[key] << 24)
-        seen[key] += 1
-    return first
+    return [n << 24 for n in _repeats([_key(s, p.numpy()) for s, p in zip(seeds, prompts, strict=True)])]
 
 
 class Noise:
@@ -64,12 +58,7 @@ class Noise:
 
     def __init__(self, seeds: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
         keys = [_key(seed, prompt) for seed, prompt in zip(seeds, prompts, strict=True)]
-        seen: Counter[int] = Counter()
-        rows = []
-        for key in keys:
-            rows.append(seen[key])
-            seen[key] += 1
-        self._keys, self._rows = torch.tensor(keys), torch.tensor(rows)
+        self._keys, self._rows = torch.tensor(keys), torch.tensor(_repeats(keys))
 
     @classmethod
     def numbered(cls, seed: int, prompt: Tensor, numbers: Sequence[int]) -> Noise:
@@ -116,3 +105,13 @@ def _key(seed: int, prompt: np.ndarray) -> int:
     digest = hashlib.blake2b((seed % 2**64).to_bytes(8, "little"), digest_size=8)
     digest.update(np.ascontiguousarray(prompt, np.int32).tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _repeats(keys: Sequence[int]) -> list[int]:
+    """How often each key came before."""
+    seen: Counter[int] = Counter()
+    before = []
+    for key in keys:
+        before.append(seen[key])
+        seen[key] += 1
+    return before

@@ -79,9 +79,8 @@ class ParticleFilter(Search):
         for step in range(self.max_steps):
             active = [i for i, row in enumerate(rows) if row not in branches.ended]
             branches.write([rows[i] for i in active], self.width, self.ends, self.step_tokens)
-            rewards = rewards_of(self.reward, prompt, _said(branches, [rows[i] for i in active]))
-            if any(not 0 <= r <= 1 for r in rewards):
-                raise ValueError(f"reward must lie in [0, 1] for a ParticleFilter, got {rewards}")
+            said = _said(branches, [rows[i] for i in active])
+            rewards = rewards_of(self.reward, prompt, said, unit_for="ParticleFilter")
             odds = torch.tensor(rewards, dtype=torch.float64).clamp(_LEAST, 1 - _LEAST).logit()
             if self.finished == "exact":
                 weights[:] = 0
@@ -176,9 +175,7 @@ class AStar(Search):
             forks = branches.fork(row, self.width)
             branches.prune([row])
             branches.write(forks, self.width, self.ends, self.step_tokens)
-            rewards = rewards_of(self.reward, prompt, _said(branches, forks))
-            if any(not 0 <= r <= 1 for r in rewards):
-                raise ValueError(f"reward must lie in [0, 1] for AStar, got {rewards}")
+            rewards = rewards_of(self.reward, prompt, _said(branches, forks), unit_for="AStar")
             before = h_of.pop(row)
             trace.append({"g": g, "h": before, "rewards": rewards})
             for fork, r in zip(forks, rewards, strict=True):

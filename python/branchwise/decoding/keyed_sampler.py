@@ -51,8 +51,13 @@ class _KeyedDraw(LogitsProcessor):
         self._noise, self._starts = noise, starts
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        B, length = input_ids.shape
-        no_link = torch.full((B, 1), -1, dtype=torch.int32)
-        uniforms = self._noise.at_positions((length - self._starts)[:, None])
-        _, _, token = ops.verify_sample(input_ids[:, -1:].contiguous(), no_link, no_link, scores[:, None], uniforms)
-        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+        uniforms = self._noise.at_positions((input_ids.shape[1] - self._starts)[:, None])
+        tokens = draw_tokens(scores, uniforms)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+def draw_tokens(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """i64[B] drawn from scores [B, V] with uniforms f32[B, 1, 2], as sample-and-match draws at a root."""
+    B = len(scores)
+    no_link = torch.full((B, 1), -1, dtype=torch.int32)
+    return ops.verify_sample(torch.zeros(B, 1, dtype=torch.int64), no_link, no_link, scores[:, None], uniforms)[2]

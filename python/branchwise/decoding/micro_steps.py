@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from .. import ops
 from ..attention import use_attention
 from ..cache import KVStore
 from ..forward import StoredModel
@@ -18,6 +17,7 @@ from ..layers import decoder_layers
 from ..noise import Noise, Seed, row_seeds
 from ..target import Processor
 from .call import Call, Decoder
+from .keyed_sampler import draw_tokens
 from .monitor import Monitor, watch
 from .request import pad_and_stack
 from .stats import DecodeStats
@@ -229,12 +229,8 @@ class _Run:
                 logits[i] = processor(self.texts[row], logits[i : i + 1].clone())[0]
         if self.noise is None:
             return logits.argmax(-1)
-        B = len(self.rows)
         lengths = torch.tensor([[self.texts[row].shape[1] - self.starts[row]] for row in self.rows])
-        none = torch.full((B, 1), -1, dtype=torch.int32)
-        uniforms = self.noise.at_positions(lengths)
-        _, _, tokens = ops.verify_sample(torch.zeros(B, 1, dtype=torch.int64), none, none, logits[:, None], uniforms)
-        return tokens
+        return draw_tokens(logits, self.noise.at_positions(lengths))
 
     def _keep(self, kept: list[int]) -> None:
         lens = self.stored.store.seq_lens.tolist()

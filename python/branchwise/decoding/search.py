@@ -51,7 +51,8 @@ class Search(Decoder):
     and read once per forward. Prompts of a batch are searched one after another. ``found`` describes the last call.
 
     Args:
-        width: branches that write at the same time, rows of every forward.
+        width: branches that write at the same time; forwards have so many rows, or the few more of
+            :func:`branchwise.forward.stable_rows`.
         seed: of the noise; a branch draws as a row of ``num_return_sequences`` equal prompts does under
             :class:`branchwise.PositionKeyedSampler`.
         drafter: what drafts in every branch, a name or a :class:`branchwise.drafters.Drafter`; "none".
@@ -129,15 +130,17 @@ def majority(answers: Sequence[Hashable], lengths: Sequence[int]) -> Hashable:
     )[2]
 
 
-def rewards_of(reward: Reward, prompt: Tensor, texts: Sequence[Tensor]) -> list[float]:
-    """Checked.
+def rewards_of(reward: Reward, prompt: Tensor, texts: Sequence[Tensor], unit_for: str = "") -> list[float]:
+    """Checked. ``unit_for``: name of a search that needs rewards in [0, 1].
 
     Raises:
-        ValueError: not one number per text, or one that is no number.
+        ValueError: not one number per text, or one that is no number, or outside [0, 1] where that is needed.
     """
     scores = [float(score) for score in reward(prompt, texts)]
     if len(scores) != len(texts):
         raise ValueError(f"reward must give one number per text, {len(texts)}, got {len(scores)}")
     if any(score != score for score in scores):
         raise ValueError(f"reward must give numbers, got {scores}")
+    if unit_for and any(not 0 <= score <= 1 for score in scores):
+        raise ValueError(f"reward must lie in [0, 1] for {unit_for}, got {scores}")
     return scores
