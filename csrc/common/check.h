@@ -58,6 +58,14 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
+// Whether ops read the values of index tensors, and so can refuse bad ones. On a GPU that would
+// wait for the device; kernels there leave out what lies outside a tensor instead.
+#if defined(BW_DEVICE_TENSORS)
+constexpr bool kChecksValues = false;
+#else
+constexpr bool kChecksValues = true;
+#endif
+
 // "shape" is written as in the docs, for example "[B, Hq, T, D]".
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim,
                       const char* shape) {

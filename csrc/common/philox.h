@@ -4,11 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define BW_HOST_DEVICE __host__ __device__
-#else
-#define BW_HOST_DEVICE
-#endif
+#include "common/device.h"
 
 namespace branchwise {
 

@@ -13,14 +13,6 @@
 namespace branchwise {
 namespace {
 
-// Index lists of sparse_attention, checked, as slots or as units of slots.
-struct Lists {
-  int64_t tokens = 0, heads = 0, width = 0;  // of indices [B, tokens, heads, width]
-  const int32_t* indices = nullptr;
-  const int32_t* counts = nullptr;
-  int32_t unit = 1;
-};
-
 // Lists of segments become lists of slots.
 struct Expanded {
   std::vector<int32_t> slots, counts;
@@ -41,36 +33,8 @@ void check_list(const char* op, const int32_t* list, int32_t count, int64_t widt
 Lists check_lists(const char* op, const AttentionCall& call, const std::optional<Tensor>& indices,
                   const std::optional<Tensor>& counts, int64_t unit,
                   const std::optional<Tensor>& segments, Expanded* expanded) {
-  Lists lists;
-  BW_CHECK(indices.has_value() == counts.has_value(), op,
-           ": indices and counts must be given together");
-  BW_CHECK(unit >= 1 && unit <= INT32_MAX, op, ": unit must be at least 1, got ", unit);
-  BW_CHECK(!segments || indices, op, ": segment_offsets needs indices");
-  BW_CHECK(!segments || unit == 1, op, ": unit must be 1 with segment_offsets, got ", unit);
+  Lists lists = check_list_shapes(op, call, indices, counts, unit, segments);
   if (!indices) return lists;
-  const int64_t dim = indices->dim();
-  BW_CHECK(dim == 3 || dim == 4, op, ": indices must have shape [B, Hs, K] or [B, T, Hs, K], got ",
-           shape_of(*indices));
-  check_dtype(op, "indices", *indices, ScalarType::Int);
-  check_contiguous(op, "indices", *indices);
-  check_size(op, "indices", *indices, 0, call.B, "B");
-  if (dim == 4) check_size(op, "indices", *indices, 1, call.args.T, "T");
-  check_dtype(op, "counts", *counts, ScalarType::Int);
-  check_contiguous(op, "counts", *counts);
-  check_dim(op, "counts", *counts, dim - 1, "that of indices without K");
-  for (int64_t i = 0; i + 1 < dim; ++i)
-    check_size(op, "counts", *counts, i, indices->size(i), "that of indices");
-  lists.tokens = dim == 4 ? call.args.T : 1;
-  lists.heads = indices->size(dim - 2);
-  lists.width = indices->size(dim - 1);
-  BW_CHECK(lists.heads == 1 || lists.heads == call.shape.Hkv, op, ": indices.size(", dim - 2,
-           ") must be 1 or Hkv = ", call.shape.Hkv, ", got shape ", shape_of(*indices));
-  BW_CHECK(lists.heads == call.shape.Hkv || call.lens.head_stride == 0, op,
-           ": indices must have lists per KV head where seq_lens differ between heads");
-  lists.indices = static_cast<const int32_t*>(indices->const_data_ptr());
-  lists.counts = static_cast<const int32_t*>(counts->const_data_ptr());
-  lists.unit = static_cast<int32_t>(unit);
-
   const int64_t per_row = lists.tokens * lists.heads, all = call.B * per_row;
   if (!segments) {
     for (int64_t i = 0; i < all; ++i) {
@@ -81,11 +45,6 @@ Lists check_lists(const char* op, const AttentionCall& call, const std::optional
     }
     return lists;
   }
-  check_dim(op, "segment_offsets", *segments, 3, "[B, Hs, S + 1]");
-  check_dtype(op, "segment_offsets", *segments, ScalarType::Int);
-  check_contiguous(op, "segment_offsets", *segments);
-  check_size(op, "segment_offsets", *segments, 0, call.B, "B");
-  check_size(op, "segment_offsets", *segments, 1, lists.heads, "that of the lists");
   const int64_t count = segments->size(2) - 1;
   const int32_t* all_offsets = static_cast<const int32_t*>(segments->const_data_ptr());
   std::vector<int64_t> begins;
@@ -116,68 +75,6 @@ Lists check_lists(const char* op, const AttentionCall& call, const std::optional
   lists.counts = expanded->counts.data();
   lists.width = width;
   return lists;
-}
-
-struct Ranges {
-  const int32_t* sink = nullptr;
-  const int32_t* recent = nullptr;
-};
-
-Ranges check_ranges(const char* op, const AttentionCall& call, const std::optional<Tensor>& sink,
-                    const std::optional<Tensor>& recent) {
-  BW_CHECK(sink.has_value() == recent.has_value(), op,
-           ": sink_sizes and recent_sizes must be given together");
-  if (!sink) return {};
-  const int32_t* data[2];
-  int i = 0;
-  for (const auto& [name, sizes] : {std::pair{"sink_sizes", &*sink}, {"recent_sizes", &*recent}}) {
-    check_dim(op, name, *sizes, 1, "[Hkv]");
-    check_size(op, name, *sizes, 0, call.shape.Hkv, "Hkv");
-    check_dtype(op, name, *sizes, ScalarType::Int);
-    check_contiguous(op, name, *sizes);
-    data[i] = static_cast<const int32_t*>(sizes->const_data_ptr());
-    for (int64_t h = 0; h < call.shape.Hkv; ++h)
-      BW_CHECK(data[i][h] >= 0, op, ": ", name, "[", h, "] = ", data[i][h],
-               " must not be negative");
-    ++i;
-  }
-  return {data[0], data[1]};
-}
-
-// What the tokens of a row see through one KV head: a list, two ranges, or both.
-Places sparse_places(int32_t length, const int32_t* list, int32_t count, int32_t unit,
-                     const int32_t* sink, const int32_t* recent) {
-  Places p{};
-  p.new_slot = length;
-  p.unit = unit;
-  p.units = list;
-  p.sink = sink != nullptr ? std::min(*sink, length) : 0;
-  // The token after the prefix sees as many as `recent` with itself.
-  const int64_t begin =
-      recent != nullptr ? static_cast<int64_t>(length) - *recent + 1 : int64_t{length};
-  p.recent = static_cast<int32_t>(std::clamp<int64_t>(begin, p.sink, length));
-  if (list == nullptr && recent != nullptr && *recent < INT32_MAX) {
-    // A window of none still holds the token itself.
-    p.window = std::max(*recent, 1);
-    p.kept = *sink;
-  }
-  if (p.recent == p.sink) {  // the ranges hold everything
-    p.sink = p.recent = p.prefix = length;
-    return p;
-  }
-  if (list != nullptr) {
-    const int64_t size = unit;
-    const int32_t* end =
-        std::partition_point(list, list + count, [&](int32_t u) { return u * size < p.recent; });
-    p.units = std::partition_point(list, end, [&](int32_t u) { return (u + 1) * size <= p.sink; });
-    if (p.units < end) {
-      p.skip = static_cast<int32_t>(std::max<int64_t>(0, p.sink - *p.units * size));
-      const int64_t over = std::max<int64_t>(0, (end[-1] + 1) * size - p.recent);
-      p.listed = static_cast<int32_t>((end - p.units) * size - p.skip - over);
-    }
-  }
-  p.prefix = p.sink + p.listed + (length - p.recent);
-  return p;
 }
 
 // Every page that a row's places lie in exists; pages of other slots may have been given back.
@@ -258,7 +155,10 @@ std::tuple<Tensor, Tensor> sparse_attention(
         places.push_back(sparse_places(
             call.lens.at(b, h), indices ? lists.indices + at * lists.width : nullptr,
             indices ? lists.counts[at] : 0, lists.unit, ranges.sink ? ranges.sink + h : nullptr,
-            ranges.recent ? ranges.recent + h : nullptr));
+            ranges.recent ? ranges.recent + h : nullptr,
+            [](const int32_t* list, int32_t n, int32_t x) {
+              return static_cast<int32_t>(std::lower_bound(list, list + n, x) - list);
+            }));
         if (t == 0) complete[h] = all_pages_exist(call, b, h, call.lens.at(b, h) + call.args.N);
         if (!complete[h]) check_place_pages(op, call, places.back(), b, h);
       }

@@ -7,9 +7,9 @@
 #include <cstring>
 #include <vector>
 
+#include "common/kv_args.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/rope_kernel.h"
-#include "cpu/kv_args.h"
 
 namespace branchwise {
 

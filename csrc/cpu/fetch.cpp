@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/kv_args.h"
+#include "common/kv_args.h"
 
 namespace branchwise {
 namespace {

@@ -6,9 +6,9 @@
 #include <utility>
 #include <vector>
 
+#include "common/kv_args.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/rope_kernel.h"
-#include "cpu/kv_args.h"
 
 namespace branchwise {
 namespace {

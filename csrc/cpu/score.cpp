@@ -6,10 +6,10 @@
 #include <cmath>
 #include <vector>
 
+#include "common/kv_args.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/score_kernel.h"
-#include "cpu/kv_args.h"
 #include "cpu/workers.h"
 
 namespace branchwise {

@@ -15,59 +15,9 @@
 #pragma once
 #include <cstdint>
 
-#include "common/dtype.h"
-#include "common/kv_layout.h"
+#include "common/attention_args.h"
 
 namespace branchwise {
-
-// The tokens that a block of rows attends to, in order: its places. First come those of the prefix,
-// which the cache holds in slots [0, sink), in listed units and in slots [recent, new_slot); then
-// the nodes, in the slots from new_slot on. A dense prefix is all sink.
-struct Places {
-  int32_t prefix;    // places before the nodes
-  int32_t new_slot;  // slot of node 0, and its position
-  int32_t sink, recent;
-  const int32_t* units;  // ascending, disjoint from both ranges but for `skip`
-  int32_t unit;          // slots per listed unit
-  int32_t skip;          // slots of the first listed unit that belong to [0, sink)
-  int32_t listed;        // places in listed units
-  int32_t window;        // a node sees positions > its own - window only; 0: all
-  int32_t kept;          // and those below this one
-
-  struct Run {
-    int64_t slot, length;
-  };
-  // The slot of a place, and how many places from it on lie one after another. Inlined always: a
-  // copy shared between ISA levels would have the instructions of one of them.
-  [[gnu::always_inline]] Run run(int64_t place) const {
-    if (place >= prefix) return {new_slot + place - prefix, INT32_MAX};
-    if (place < sink) return {place, sink - place};
-    const uint32_t at = static_cast<uint32_t>(place - sink);
-    if (at >= static_cast<uint32_t>(listed)) return {recent + at - listed, prefix - place};
-    if (unit == 1) return {units[at], 1};
-    const uint32_t size = static_cast<uint32_t>(unit), from = at + static_cast<uint32_t>(skip);
-    const int64_t rest = size - from % size, left = listed - static_cast<int64_t>(at);
-    return {units[from / size] * static_cast<int64_t>(unit) + from % size,
-            rest < left ? rest : left};
-  }
-};
-
-struct AttentionArgs {
-  const void* query;    // [B, Hq, T, D], last dimension contiguous
-  int64_t q_stride[3];  // elements, for B, Hq, T
-  const void* key_cache;
-  const void* value_cache;
-  KvLayout key_layout, value_layout;
-  DType type;                // of query, caches and out
-  void* out;                 // [B, Hq, T, D] contiguous
-  float* lse;                // [B, Hq, T] contiguous
-  const int64_t* tree_mask;  // [B, N, W] or nullptr for causal
-  const int32_t* depths;     // [B, N] depth of every node; given with tree_mask
-  const float* sinks;        // [Hq] or nullptr
-  int64_t Hq, Hkv, T, W, D;
-  int64_t N;             // nodes in the slots after P; the T queries are the last of them
-  float scale, softcap;  // softcap 0: none
-};
 
 // One unit of work and where its partial result lives.
 struct AttentionUnit {
@@ -96,7 +46,6 @@ struct SharedPiece {
 constexpr int64_t kKeyTile = 64;       // slots handled together; their scores stay in L1
 constexpr int64_t kMaxRowBlock = 384;  // packed rows per unit
 constexpr int64_t kRowPad = 16;        // packed rows are padded to this many on every level
-constexpr int64_t kMaxHeadDim = 512;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t padded_rows(int64_t rows) { return round_up(rows, kRowPad); }

@@ -74,6 +74,7 @@ inline RowLens check_seq_lens(const char* op, const Tensor& seq_lens, int64_t B,
   check_contiguous(op, name, seq_lens);
   const RowLens lens{static_cast<const int32_t*>(seq_lens.const_data_ptr()),
                      per_head ? shape.Hkv : 1, per_head ? 1 : 0};
+  if (!kChecksValues) return lens;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < lens.heads(shape.Hkv); ++h)
       BW_CHECK(lens.at(b, h) >= 0 && lens.at(b, h) + T <= shape.capacity, op, ": ", name, "[", b,
@@ -85,7 +86,7 @@ inline RowLens check_seq_lens(const char* op, const Tensor& seq_lens, int64_t B,
 // The pages that hold slots [begin, end) of a row and head exist. Others may be anything.
 inline void check_pages(const char* op, const KvLayout& layout, const CacheShape& shape,
                         int64_t row, int64_t head, int64_t begin, int64_t end) {
-  if (layout.page_table == nullptr || begin >= end) return;
+  if (!kChecksValues || layout.page_table == nullptr || begin >= end) return;
   const int32_t* table =
       layout.page_table + row * layout.table_stride + head * layout.table_head_stride;
   for (int64_t n = begin / shape.page_size; n * shape.page_size < end; ++n)
@@ -97,6 +98,7 @@ inline void check_pages(const char* op, const KvLayout& layout, const CacheShape
 // The same for every row and head, from its first slot to T behind its last.
 inline void check_all_pages(const char* op, const KvLayout& layout, const CacheShape& shape,
                             const RowLens& lens, int64_t B, int64_t T) {
+  if (!kChecksValues) return;
   const bool per_head = lens.head_stride != 0 || layout.table_head_stride != 0;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t h = 0; h < (per_head ? shape.Hkv : 1); ++h)

@@ -1,0 +1,55 @@
+// The arguments that tree_attention, cascade_attention and sparse_attention share, and their
+// checks: on a CPU of shapes and values, on a GPU of shapes.
+#pragma once
+#include <optional>
+#include <vector>
+
+#include "common/attention_args.h"
+#include "common/check.h"
+#include "common/kv_args.h"
+
+namespace branchwise {
+
+struct AttentionInputs {
+  Tensor query, key_cache, value_cache, seq_lens;
+  std::optional<Tensor> tree_mask, page_table;
+  std::optional<double> scale;
+  std::optional<Tensor> sinks;
+  double softcap;
+  bool window;  // positions matter
+};
+
+// A checked call, all but for what each row attends to.
+struct AttentionCall {
+  AttentionArgs args;
+  CacheShape shape;
+  RowLens lens;
+  int64_t B;
+  std::vector<int32_t> depths, reach;  // of every node, with a tree mask; on the CPU only
+  bool empty() const { return B * args.T == 0; }
+};
+
+AttentionCall check_attention(const char* op, const AttentionInputs& in);
+
+// Index lists of sparse_attention, checked, as slots or as units of slots.
+struct Lists {
+  int64_t tokens = 0, heads = 0, width = 0;  // of indices [B, tokens, heads, width]
+  const int32_t* indices = nullptr;
+  const int32_t* counts = nullptr;
+  int32_t unit = 1;
+};
+
+// The lists' values, and the segments that they may be of, are still to be checked.
+Lists check_list_shapes(const char* op, const AttentionCall& call,
+                        const std::optional<Tensor>& indices, const std::optional<Tensor>& counts,
+                        int64_t unit, const std::optional<Tensor>& segments);
+
+struct Ranges {
+  const int32_t* sink = nullptr;
+  const int32_t* recent = nullptr;
+};
+
+Ranges check_ranges(const char* op, const AttentionCall& call, const std::optional<Tensor>& sink,
+                    const std::optional<Tensor>& recent);
+
+}  // namespace branchwise
