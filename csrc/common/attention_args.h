@@ -84,12 +84,27 @@ BW_INLINE Places sparse_places(int32_t length, const int32_t* list, int32_t coun
     if (first < end) {
       const int64_t skip = p.sink - *p.units * size, over = (list[end - 1] + 1) * size - p.recent;
       p.skip = skip > 0 ? static_cast<int32_t>(skip) : 0;
-      p.listed = static_cast<int32_t>((end - first) * size - p.skip - (over > 0 ? over : 0));
+      const int64_t listed = (end - first) * size - p.skip - (over > 0 ? over : 0);
+      p.listed = listed > 0 ? static_cast<int32_t>(listed) : 0;  // below 0 if they do not ascend
     }
   }
   p.prefix = p.sink + p.listed + (length - p.recent);
   return p;
 }
+
+// Index lists of sparse_attention as slots or as units of slots.
+struct Lists {
+  int64_t tokens = 0, heads = 0, width = 0;  // of indices [B, tokens, heads, width]
+  const int32_t* indices = nullptr;
+  const int32_t* counts = nullptr;
+  int32_t unit = 1;
+};
+
+// Slots that heads keep at both ends, [Hkv] each.
+struct Ranges {
+  const int32_t* sink = nullptr;
+  const int32_t* recent = nullptr;
+};
 
 struct AttentionArgs {
   const void* query;    // [B, Hq, T, D], last dimension contiguous

@@ -107,10 +107,19 @@ AttentionCall check_attention(const char* op, const AttentionInputs& in) {
   return call;
 }
 
+void check_window(const char* op, const AttentionCall& call, int64_t window) {
+  BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
+  BW_CHECK(window == 0 || call.lens.head_stride == 0, op,
+           ": window must be 0 where seq_lens differ between heads, as slots are no positions then,"
+           " got ",
+           window);
+}
+
 Lists check_list_shapes(const char* op, const AttentionCall& call,
                         const std::optional<Tensor>& indices, const std::optional<Tensor>& counts,
-                        int64_t unit, const std::optional<Tensor>& segments) {
+                        int64_t unit, const std::optional<Tensor>& segments, bool has_ranges) {
   Lists lists;
+  BW_CHECK(indices || has_ranges, op, ": indices or sink_sizes must be given");
   BW_CHECK(indices.has_value() == counts.has_value(), op,
            ": indices and counts must be given together");
   BW_CHECK(unit >= 1 && unit <= INT32_MAX, op, ": unit must be at least 1, got ", unit);

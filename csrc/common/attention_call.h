@@ -30,24 +30,13 @@ struct AttentionCall {
 };
 
 AttentionCall check_attention(const char* op, const AttentionInputs& in);
+void check_window(const char* op, const AttentionCall& call, int64_t window);
 
-// Index lists of sparse_attention, checked, as slots or as units of slots.
-struct Lists {
-  int64_t tokens = 0, heads = 0, width = 0;  // of indices [B, tokens, heads, width]
-  const int32_t* indices = nullptr;
-  const int32_t* counts = nullptr;
-  int32_t unit = 1;
-};
-
-// The lists' values, and the segments that they may be of, are still to be checked.
+// Those of sparse_attention; the lists' values, and the segments that they may be of, are still to
+// be checked.
 Lists check_list_shapes(const char* op, const AttentionCall& call,
                         const std::optional<Tensor>& indices, const std::optional<Tensor>& counts,
-                        int64_t unit, const std::optional<Tensor>& segments);
-
-struct Ranges {
-  const int32_t* sink = nullptr;
-  const int32_t* recent = nullptr;
-};
+                        int64_t unit, const std::optional<Tensor>& segments, bool has_ranges);
 
 Ranges check_ranges(const char* op, const AttentionCall& call, const std::optional<Tensor>& sink,
                     const std::optional<Tensor>& recent);

@@ -32,8 +32,8 @@ void check_list(const char* op, const int32_t* list, int32_t count, int64_t widt
 
 Lists check_lists(const char* op, const AttentionCall& call, const std::optional<Tensor>& indices,
                   const std::optional<Tensor>& counts, int64_t unit,
-                  const std::optional<Tensor>& segments, Expanded* expanded) {
-  Lists lists = check_list_shapes(op, call, indices, counts, unit, segments);
+                  const std::optional<Tensor>& segments, bool has_ranges, Expanded* expanded) {
+  Lists lists = check_list_shapes(op, call, indices, counts, unit, segments, has_ranges);
   if (!indices) return lists;
   const int64_t per_row = lists.tokens * lists.heads, all = call.B * per_row;
   if (!segments) {
@@ -112,13 +112,9 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
                                           std::optional<double> scale, int64_t window,
                                           std::optional<Tensor> sinks, double softcap) {
   const char* op = "tree_attention";
-  BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
   AttentionCall call = check_attention(op, {query, key_cache, value_cache, seq_lens, tree_mask,
                                             page_table, scale, sinks, softcap, window > 0});
-  BW_CHECK(window == 0 || call.lens.head_stride == 0, op,
-           ": window must be 0 where seq_lens differ between heads, as slots are no positions then,"
-           " got ",
-           window);
+  check_window(op, call, window);
   check_all_pages(op, call.args.key_layout, call.shape, call.lens, call.B, call.args.N);
   std::vector<Places> places;
   places.reserve(call.B * call.args.Hkv);
@@ -139,10 +135,10 @@ std::tuple<Tensor, Tensor> sparse_attention(
   AttentionCall call =
       check_attention(op, {query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale,
                            sinks, softcap, recent_sizes.has_value()});
-  BW_CHECK(indices || sink_sizes, op, ": indices or sink_sizes must be given");
   const Ranges ranges = check_ranges(op, call, sink_sizes, recent_sizes);
   Expanded expanded;
-  const Lists lists = check_lists(op, call, indices, counts, unit, segment_offsets, &expanded);
+  const Lists lists = check_lists(op, call, indices, counts, unit, segment_offsets,
+                                  sink_sizes.has_value(), &expanded);
   const bool per_token = indices && indices->dim() == 4;
   const int64_t tokens = per_token ? call.args.T : 1;
   std::vector<Places> places;

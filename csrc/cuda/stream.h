@@ -1,22 +1,73 @@
-// The current CUDA stream of torch, without linking any CUDA library of torch.
+// Where a CUDA op runs: the device of its tensors, and torch's current stream there, without
+// linking any CUDA library of torch.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 
 #include "common/check.h"
+
+#if defined(BW_EMULATE)
+// The emulator's ops: the same schemas in a namespace of their own, on CPU tensors.
+#define BW_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(branchwise_emulated, CPU, m)
+#else
+#include <torch/csrc/stable/accelerator.h>
+#define BW_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(branchwise, CUDA, m)
 
 // Exported by libtorch_cuda.so; weak, so that this library also loads under a CPU-only torch.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
                                                                             void** stream);
+#endif
 
 namespace branchwise {
 
-inline void* current_cuda_stream(int32_t device) {
-  void* stream = nullptr;
-  BW_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-           "branchwise: this torch has no CUDA support");
-  BW_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-           "branchwise: no CUDA stream on device ", device);
-  return stream;
+struct NamedTensor {
+  const char* name;
+  const Tensor* tensor;  // null: not given
+};
+
+// Makes the device of `first` the current one while it lives; the other tensors must be there, too.
+class OnDevice {
+ public:
+  OnDevice(const char* op, const Tensor& first, std::initializer_list<NamedTensor> others)
+      : device_(first.get_device_index())
+#if !defined(BW_EMULATE)
+        ,
+        guard_(device_)
+#endif
+  {
+    for (const auto& [name, tensor] : others)
+      BW_CHECK(tensor == nullptr || tensor->get_device_index() == device_, op, ": ", name,
+               " must be on device ", device_, ", as the first argument is, got ",
+               tensor->get_device_index(), " (-1: CPU)");
+  }
+
+  void* stream() const {
+    void* stream = nullptr;
+#if !defined(BW_EMULATE)
+    BW_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+             "branchwise: this torch has no CUDA support");
+    BW_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0,
+             "branchwise: no CUDA stream on device ", device_);
+#endif
+    return stream;
+  }
+
+ private:
+  int32_t device_;
+#if !defined(BW_EMULATE)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+inline const Tensor* if_given(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
+namespace cuda {
+const char* error_string(int code);
+}
+
+inline void check_launch(const char* op, int code) {
+  BW_CHECK(code == 0, op, ": CUDA launch failed: ", cuda::error_string(code));
 }
 
 }  // namespace branchwise

@@ -1,0 +1,27 @@
+// What tests want to see of the CUDA library, as ops: the layout of launches, the emulator's own
+// positive controls.
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "cuda/emulate/faults.h"
+#include "cuda/plan.h"
+#include "cuda/stream.h"
+
+namespace branchwise {
+
+// head_dim, warps_m, warps_k, rows, blocks, most_splits, splits, shared_bytes, unit_floats
+std::vector<int64_t> plan_attention_op(int64_t Hkv, int64_t G, int64_t T, int64_t D,
+                                       int64_t most_places, bool per_token, bool aligned) {
+  const cuda::AttentionPlan p =
+      cuda::plan_attention({Hkv, G, T, D, most_places, per_token, aligned});
+  return {p.head_dim,    p.warps_m, p.warps_k,      p.rows,       p.blocks,
+          p.most_splits, p.splits,  p.shared_bytes, p.unit_floats};
+}
+
+}  // namespace branchwise
+
+STABLE_TORCH_LIBRARY_IMPL(branchwise_emulated, CompositeExplicitAutograd, m) {
+  m.impl("plan_attention", TORCH_BOX(&branchwise::plan_attention_op));
+  m.impl("run_fault", TORCH_BOX(&branchwise::cuda::run_fault));
+}

@@ -1,0 +1,62 @@
+// How attention is laid out over a GPU: kernel, blocks, splits, shared memory. Host arithmetic from
+// shapes alone, never from values or the batch size: so a launch fits a CUDA graph, and a row's
+// result does not depend on the other rows. Torch-free.
+#pragma once
+#include <cstdint>
+
+#include "common/device.h"
+
+namespace branchwise::cuda {
+
+constexpr int kTile = 64;  // places that a block handles together
+
+struct AttentionPlan {
+  int head_dim;          // the kernel's, at least D; 0: the plain kernel, a warp per row
+  int warps_m, warps_k;  // of the matrix kernel: over rows and over the places of a tile
+  int rows;              // packed rows of a block
+  int64_t blocks;        // per KV head
+  int64_t most_splits;   // of a row's places, however many it has
+  int64_t splits;        // that a row of this cache can have: the grid
+  int shared_bytes;      // of the matrix kernel
+  int64_t unit_floats;   // that a split leaves for the merge
+
+  int threads() const { return 32 * warps_m * warps_k; }
+};
+
+// What a plan depends on.
+struct AttentionShape {
+  int64_t Hkv, G, T, D;
+  int64_t most_places;  // that a row can have, with its nodes
+  bool per_token;       // lists of places per token
+  bool aligned;         // 16-bit elements, all rows on 16 bytes
+};
+
+// Elements between the rows of a tile in shared memory: whole bank rows of 128 bytes.
+BW_HOST_DEVICE constexpr int row_pitch(int head_dim) { return (head_dim + 63) / 64 * 64; }
+// Tiles in shared memory, of keys and of values each: enough bytes under way to cover the latency,
+// few enough for two blocks on an SM of Hopper.
+BW_HOST_DEVICE constexpr int stage_count(int head_dim) {
+  return head_dim <= 64 ? 4 : head_dim <= 128 ? 3 : 2;
+}
+// What a block knows of its rows and places (BlockView), besides.
+constexpr int kBlockViewBytes = 3840;
+BW_HOST_DEVICE constexpr int shared_bytes(int head_dim, int rows) {
+  return (rows + stage_count(head_dim) * 2 * kTile) * row_pitch(head_dim) * 2 + kBlockViewBytes;
+}
+
+// A row's places [first, end), cut into `count` splits of whole tiles, `most` of them at most.
+struct Splits {
+  int64_t size, count;
+};
+constexpr int64_t kLeastTiles = 4;  // of a split: less is not worth a merge
+BW_HOST_DEVICE inline Splits cut_places(int64_t first, int64_t end, int64_t most) {
+  const int64_t tiles = (end - first + kTile - 1) / kTile;
+  int64_t each = (tiles + most - 1) / most;
+  if (each < kLeastTiles) each = kLeastTiles;
+  const int64_t count = (tiles + each - 1) / each;
+  return {each * kTile, count > 1 ? count : 1};
+}
+
+AttentionPlan plan_attention(const AttentionShape& shape);
+
+}  // namespace branchwise::cuda

@@ -1,0 +1,109 @@
+"""How launches are laid out, as plain functions, and what the compiled kernels are made of."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from branchwise.ops._load import LIBRARY_DIR
+
+LIBRARY = LIBRARY_DIR / "libbranchwise_cuda.so"
+SHARED_A100, SHARED_H200 = 163 * 1024, 227 * 1024  # bytes a block may have
+
+
+class Plan(NamedTuple):
+    head_dim: int
+    warps_m: int
+    warps_k: int
+    rows: int
+    blocks: int
+    most_splits: int
+    splits: int
+    shared_bytes: int
+    unit_floats: int
+
+
+@pytest.fixture
+def plan(emulator):
+    def ask(Hkv=8, G=4, T=1, D=128, places=4096, per_token=False, aligned=True):
+        return Plan(*emulator.ops.plan_attention(Hkv, G, T, D, places, per_token, aligned))
+
+    return ask
+
+
+@pytest.mark.parametrize("D", [8, 64, 72, 96, 128, 136, 256])
+@pytest.mark.parametrize(("G", "T"), [(1, 1), (4, 4), (7, 3), (4, 16), (8, 64), (4, 100_000)])
+def test_every_row_has_a_block_that_fits(D, G, T, plan):
+    p = plan(D=D, G=G, T=T)
+    assert p.head_dim >= D and p.rows * p.blocks >= G * T > p.rows * (p.blocks - 1)
+    assert p.warps_m * p.warps_k == 4 and p.rows == 16 * p.warps_m
+    assert p.shared_bytes <= SHARED_A100
+    if p.head_dim <= 128 and p.rows <= 32:
+        assert 2 * (p.shared_bytes + 1024) <= SHARED_H200 + 1024  # two blocks on an SM, 1 KB of the system's each
+
+
+def test_plain_kernel_where_matrices_cannot(plan):
+    assert plan(aligned=False).head_dim == plan(D=264).head_dim == 0
+    assert plan(aligned=False).rows == 4
+
+
+def test_lists_per_token_keep_to_their_token(plan):
+    assert plan(G=9, T=5, per_token=True).blocks == 5
+    assert plan(G=40, T=5, per_token=True).blocks == 5
+    assert plan(G=70, T=5, per_token=True).blocks == 10
+
+
+@pytest.mark.parametrize("T", [1, 5, 64])
+def test_splits(T, plan):
+    """At least four tiles each, enough of them for the chip, and as many for every cache size."""
+    p = plan(T=T, places=1 << 20)
+    assert p.splits == p.most_splits and p.splits * 8 * p.blocks >= 256
+    assert plan(T=T, places=256).splits == 1 and plan(T=T, places=257).splits == 2
+    assert {plan(T=T, places=n).most_splits for n in (1, 1000, 10**6)} == {p.most_splits}
+    assert plan(T=100_000).splits == 1  # a long prompt has blocks enough
+
+
+# ---- the compiled library ----
+
+
+@pytest.fixture(scope="session")
+def cuobjdump():
+    if not LIBRARY.exists():
+        pytest.skip("libbranchwise_cuda was not built: no nvcc")
+    folders = [str(Path(p) / "nvidia/cu13/bin") for p in sys.path if (Path(p) / "nvidia/cu13/bin").exists()]
+    path = os.pathsep.join([*folders, os.environ["PATH"]])
+    if shutil.which("cuobjdump", path=path) is None:
+        pytest.skip("no cuobjdump")
+
+    def run(*args):
+        command = ["cuobjdump", *args, str(LIBRARY)]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+        ).stdout
+
+    return run
+
+
+def test_no_kernel_spills(cuobjdump):
+    text = cuobjdump("--dump-resource-usage")
+    kernels = re.findall(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert {"sm_80", "sm_90a"} <= set(re.findall(r"arch = (sm_\w+)", text))
+    assert sum("attention_kernel" in name for name, *_ in kernels) >= 2 * 2 * (3 * 3 + 2)  # architectures, dtypes, head dims x warps
+    for name, _, stack, local in kernels:
+        assert (int(stack), int(local)) == (0, 0), f"{name} spills: {stack} bytes of stack"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_matrix_kernels_use_tensor_cores_and_copies(cuobjdump, arch):
+    """Products on tensor cores, operands by ldmatrix, tiles by asynchronous 16-byte copies past the L1."""
+    functions = re.split(r"\n\s+Function : ", cuobjdump("-sass", "-arch", arch))
+    matrix = [f for f in functions if "16attention_kernel" in f.split("\n")[0]]
+    assert len(matrix) == 2 * (3 * 3 + 2)
+    for text in matrix:
+        assert re.search(r"HMMA\.16816\.F32", text) and "LDSM.16.M88.4" in text and "LDSM.16.MT88.4" in text
+        assert "LDGSTS.E.BYPASS.128" in text and not re.search(r"\b(LDL|STL)\b", text)
