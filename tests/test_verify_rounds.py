@@ -68,7 +68,7 @@ def three_tokens(trials, rule, k, levels, how, same_coin=False, same_round=False
         if same_coin:
             u[..., 1] = u[..., 0]
         tree = tokens, child, sibling, P.log()[tokens]
-        path, count, bonus = op((*tree, Q, tokens.int()) if reads_draft else tree, u)
+        path, count, bonus = op(ops, (*tree, Q, tokens.int()) if reads_draft else tree, u)
         accepted_nodes += int(count.sum()) - trials
         emitted = tokens.gather(1, path.clamp(min=0).long())
         emitted = torch.cat([emitted[:, 1:], bonus[:, None]], 1).scatter(1, (count - 1)[:, None].long(), bonus[:, None])

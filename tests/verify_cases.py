@@ -12,38 +12,38 @@ from branchwise.ops import verify_reference as reference
 
 #: name: (op, whether it reads a draft, reference)
 RULES = {
-    "greedy": (lambda t, u: ops.verify_greedy(*t), False, reference.greedy),
-    "match": (lambda t, u: ops.verify_sample(*t, u, "match"), False, reference.match),
-    "each_child": (lambda t, u: ops.verify_sample(*t, u, "each_child"), False, reference.each_child),
-    "one_coin": (lambda t, u: ops.verify_sample(*t, u, "one_coin"), False, reference.one_coin),
+    "greedy": (lambda o, t, u: o.verify_greedy(*t), False, reference.greedy),
+    "match": (lambda o, t, u: o.verify_sample(*t, u, "match"), False, reference.match),
+    "each_child": (lambda o, t, u: o.verify_sample(*t, u, "each_child"), False, reference.each_child),
+    "one_coin": (lambda o, t, u: o.verify_sample(*t, u, "one_coin"), False, reference.one_coin),
     "thresholds": (
-        lambda t, u: ops.verify_sample(*t, u, "one_coin", threshold_single=0.5, threshold_accumulated=0.7),
+        lambda o, t, u: o.verify_sample(*t, u, "one_coin", threshold_single=0.5, threshold_accumulated=0.7),
         False,
         partial(reference.one_coin, threshold_single=0.5, threshold_accumulated=0.7),
     ),
-    "chain": (lambda t, u: ops.verify_chain(*t, u), True, partial(reference.multi_draft, replacement=True)),
+    "chain": (lambda o, t, u: o.verify_chain(*t, u), True, partial(reference.multi_draft, replacement=True)),
     "with_replacement": (
-        lambda t, u: ops.verify_multi_draft(*t, u, True),
+        lambda o, t, u: o.verify_multi_draft(*t, u, True),
         True,
         partial(reference.multi_draft, replacement=True),
     ),
     "without_replacement": (
-        lambda t, u: ops.verify_multi_draft(*t, u, False),
+        lambda o, t, u: o.verify_multi_draft(*t, u, False),
         True,
         partial(reference.multi_draft, replacement=False),
     ),
-    "block": (lambda t, u: ops.verify_block(*t, u), True, partial(reference.traversal, replacement=True)),
+    "block": (lambda o, t, u: o.verify_block(*t, u), True, partial(reference.traversal, replacement=True)),
     "traversal_with": (
-        lambda t, u: ops.verify_traversal(*t, u, True),
+        lambda o, t, u: o.verify_traversal(*t, u, True),
         True,
         partial(reference.traversal, replacement=True),
     ),
     "traversal_without": (
-        lambda t, u: ops.verify_traversal(*t, u, False),
+        lambda o, t, u: o.verify_traversal(*t, u, False),
         True,
         partial(reference.traversal, replacement=False),
     ),
-    "typical": (lambda t, u: ops.verify_typical(*t, u), False, reference.typical),
+    "typical": (lambda o, t, u: o.verify_typical(*t, u), False, reference.typical),
 }
 for _name, _options in {
     "greedy_match": {},
@@ -51,17 +51,17 @@ for _name, _options in {
     "probability_floor": {"threshold": 0.1, "top_k": 2},
 }.items():
     RULES[_name] = (
-        lambda t, u, name=_name, options=_options: ops.verify_policy(*t, u, name, **options),
+        lambda o, t, u, name=_name, options=_options: o.verify_policy(*t, u, name, **options),
         False,
         partial(reference.policy, name=_name, **_options),
     )
 RULES["surprisal_first"] = (
-    lambda t, u: ops.verify_policy(*t, u, "surprisal", threshold=1.5, first_only=True),
+    lambda o, t, u: o.verify_policy(*t, u, "surprisal", threshold=1.5, first_only=True),
     False,
     partial(reference.policy, name="surprisal", threshold=1.5, first_only=True),
 )
 RULES["typical_policy"] = (
-    lambda t, u: ops.verify_policy(*t, u, "typical", threshold=0.2, alpha=0.5),
+    lambda o, t, u: o.verify_policy(*t, u, "typical", threshold=0.2, alpha=0.5),
     False,
     partial(reference.policy, name="typical", threshold=0.2, alpha=0.5),
 )
@@ -77,14 +77,33 @@ class Batch:
     uniforms: torch.Tensor
     trees: list
 
-    def run(self, rule):
+    def run(self, rule, on=ops):
+        """``on``: where the ops are."""
         op, reads_draft, _ = RULES[rule]
-        return op((*self.tree, *self.draft) if reads_draft else self.tree, self.uniforms)
+        return op(on, (*self.tree, *self.draft) if reads_draft else self.tree, self.uniforms)
 
     def expected(self, rule, row):
         """The reference's verdict, and its smallest margin."""
         chance = reference.Uniforms(self.uniforms[row].numpy())
         return RULES[rule][2](self.trees[row], chance), chance.margin
+
+
+MARGIN = 1e-4  # fp32 against fp64: decisions closer than this may differ
+
+
+def compare(rule, batch, on=ops):
+    """Asserts equal verdicts; returns how many rows were too close to call."""
+    accepted, count, bonus = batch.run(rule, on)
+    close = 0
+    for b in range(len(batch.trees)):
+        (path, token), margin = batch.expected(rule, b)
+        if margin < MARGIN:
+            close += 1
+            continue
+        actual = accepted[b, : count[b]].tolist(), int(bonus[b])
+        assert actual == (path, token), (rule, b, margin)
+        assert (accepted[b, count[b] :] == -1).all()
+    return close
 
 
 def softmax(logits):

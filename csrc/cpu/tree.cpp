@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/check.h"
+#include "common/tree_call.h"
 
 namespace branchwise {
 namespace {
@@ -19,13 +19,8 @@ T* data(const Tensor& t) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> build_tree(Tensor parents, Tensor seq_lens) {
   const char* op = "build_tree";
-  check_dim(op, "parents", parents, 2, "[B, T]");
+  check_tree(op, parents, seq_lens);
   const int64_t B = parents.size(0), T = parents.size(1), W = (T + 63) / 64;
-  check_nodes(op, "parents", parents, B, T, ScalarType::Int);
-  check_dim(op, "seq_lens", seq_lens, 1, "[B]");
-  check_size(op, "seq_lens", seq_lens, 0, B, "B");
-  check_dtype(op, "seq_lens", seq_lens, ScalarType::Int);
-  check_contiguous(op, "seq_lens", seq_lens);
 
   Tensor mask = torch::stable::new_empty(parents, {B, T, W}, ScalarType::Long);
   Tensor positions = torch::stable::new_empty(parents, {B, T}, ScalarType::Long);

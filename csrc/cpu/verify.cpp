@@ -8,7 +8,7 @@
 #include <string>
 #include <tuple>
 
-#include "common/check.h"
+#include "common/verify_call.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
 #include "cpu/verify_rules.h"
@@ -17,81 +17,10 @@ namespace branchwise {
 namespace {
 
 using Verdicts = std::tuple<Tensor, Tensor, Tensor>;
-using MaybeTensor = std::optional<Tensor>;
-
-template <typename T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-struct Batch {
-  const char* op;
-  const Tensor &tokens, &next_token, &next_sibling, &logits;
-  const MaybeTensor& ready;
-  double temperature = 1;
-  const Tensor* uniforms = nullptr;
-  const Tensor* draft = nullptr;
-  const Tensor* draft_index = nullptr;
-
-  void check() const {
-    check_dim(op, "tokens", tokens, 2, "[B, T]");
-    const int64_t B = tokens.size(0), T = tokens.size(1);
-    BW_CHECK(T >= 1, op, ": tokens must hold at least the root, got shape ", shape_of(tokens));
-    check_nodes(op, "tokens", tokens, B, T, ScalarType::Long);
-    check_nodes(op, "next_token", next_token, B, T, ScalarType::Int);
-    check_nodes(op, "next_sibling", next_sibling, B, T, ScalarType::Int);
-    check_dim(op, "logits", logits, 3, "[B, T, V]");
-    check_size(op, "logits", logits, 0, B, "B");
-    check_size(op, "logits", logits, 1, T, "T");
-    check_float_dtype(op, "logits", logits);
-    check_last_contiguous(op, "logits", logits);
-    const int64_t V = logits.size(2);
-    BW_CHECK(V >= 1 && V < (int64_t{1} << 31), op,
-             ": logits must hold between 1 and 2^31 - 1 tokens, got shape ", shape_of(logits));
-    BW_CHECK(temperature >= 1e-30, op, ": temperature must be at least 1e-30, got ", temperature);
-    if (uniforms != nullptr) {
-      check_dim(op, "uniforms", *uniforms, 3, "[B, T, 2]");
-      check_size(op, "uniforms", *uniforms, 0, B, "B");
-      check_size(op, "uniforms", *uniforms, 1, T, "T");
-      check_size(op, "uniforms", *uniforms, 2, 2, "2");
-      check_dtype(op, "uniforms", *uniforms, ScalarType::Float);
-      check_contiguous(op, "uniforms", *uniforms);
-    }
-    if (draft != nullptr) {
-      check_dim(op, "draft", *draft, 2, "[R, V]");
-      check_size(op, "draft", *draft, 1, V, "V");
-      check_dtype(op, "draft", *draft, ScalarType::Float);
-      check_contiguous(op, "draft", *draft);
-      check_nodes(op, "draft_index", *draft_index, B, T, ScalarType::Int);
-    }
-    if (ready) check_nodes(op, "ready", *ready, B, T, ScalarType::Bool);
-  }
-
-  VerifyRow row(int64_t b) const {
-    const int64_t T = tokens.size(1), bytes = logits.element_size();
-    const char* first = data<char>(logits) + b * logits.stride(0) * bytes;
-    return {op,
-            b,
-            T,
-            logits.size(2),
-            data<int64_t>(tokens) + b * T,
-            data<int32_t>(next_token) + b * T,
-            data<int32_t>(next_sibling) + b * T,
-            first,
-            logits.stride(1) * bytes,
-            dtype_of(logits.scalar_type()),
-            static_cast<float>(1.44269504088896341 / temperature),
-            uniforms == nullptr ? nullptr : data<float>(*uniforms) + 2 * b * T,
-            draft == nullptr ? nullptr : data<float>(*draft),
-            draft == nullptr ? 0 : draft->size(0),
-            draft == nullptr ? nullptr : data<int32_t>(*draft_index) + b * T,
-            ready ? data<bool>(*ready) + b * T : nullptr};
-  }
-};
 
 // A row that meets a node that is not ready returns a count of 0 and the node.
 template <typename Rule>
-Verdicts verify(const Batch& batch, Rule rule) {
+Verdicts verify(const VerifyBatch& batch, Rule rule) {
   batch.check();
   const int64_t B = batch.tokens.size(0), T = batch.tokens.size(1);
   Tensor accepted = empty<2>({B, T}, ScalarType::Int);
@@ -125,21 +54,17 @@ Verdicts verify(const Batch& batch, Rule rule) {
 }  // namespace
 
 Verdicts verify_greedy(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
-                       MaybeTensor ready) {
+                       std::optional<Tensor> ready) {
   return verify({"verify_greedy", tokens, next_token, next_sibling, logits, ready},
                 [](const VerifyRow& row, const VocabKernels& k) { return greedy(row, k); });
 }
 
 Verdicts verify_sample(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
                        Tensor uniforms, int64_t rule, double temperature, double threshold_single,
-                       double threshold_accumulated, MaybeTensor ready) {
+                       double threshold_accumulated, std::optional<Tensor> ready) {
   const char* op = "verify_sample";
-  BW_CHECK(rule >= 0 && rule <= 2, op, ": rule must be 0, 1 or 2, got ", rule);
-  BW_CHECK(threshold_single > 0 && threshold_single <= 1, op,
-           ": threshold_single must lie in (0, 1], got ", threshold_single);
-  BW_CHECK(threshold_accumulated > 0 && threshold_accumulated <= 1, op,
-           ": threshold_accumulated must lie in (0, 1], got ", threshold_accumulated);
   const Thresholds at{threshold_single, threshold_accumulated};
+  check_sample(op, rule, at);
   return verify({op, tokens, next_token, next_sibling, logits, ready, temperature, &uniforms},
                 [&](const VerifyRow& row, const VocabKernels& k) {
                   return sample(row, k, static_cast<SampleRule>(rule), at);
@@ -154,7 +79,7 @@ enum class Against { chain, multi_draft, block, traversal };
 Verdicts verify_draft(const char* op, Against rule, const Tensor& tokens, const Tensor& next_token,
                       const Tensor& next_sibling, const Tensor& logits, const Tensor& draft,
                       const Tensor& draft_index, const Tensor& uniforms, bool replacement,
-                      double temperature, const MaybeTensor& ready) {
+                      double temperature, const std::optional<Tensor>& ready) {
   return verify({op, tokens, next_token, next_sibling, logits, ready, temperature, &uniforms,
                  &draft, &draft_index},
                 [&](const VerifyRow& row, const VocabKernels& k) {
@@ -169,38 +94,37 @@ Verdicts verify_draft(const char* op, Against rule, const Tensor& tokens, const 
 
 Verdicts verify_chain(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
                       Tensor draft, Tensor draft_index, Tensor uniforms, double temperature,
-                      MaybeTensor ready) {
+                      std::optional<Tensor> ready) {
   return verify_draft("verify_chain", Against::chain, tokens, next_token, next_sibling, logits,
                       draft, draft_index, uniforms, true, temperature, ready);
 }
 
 Verdicts verify_multi_draft(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
                             Tensor draft, Tensor draft_index, Tensor uniforms, bool replacement,
-                            double temperature, MaybeTensor ready) {
+                            double temperature, std::optional<Tensor> ready) {
   return verify_draft("verify_multi_draft", Against::multi_draft, tokens, next_token, next_sibling,
                       logits, draft, draft_index, uniforms, replacement, temperature, ready);
 }
 
 Verdicts verify_block(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
                       Tensor draft, Tensor draft_index, Tensor uniforms, double temperature,
-                      MaybeTensor ready) {
+                      std::optional<Tensor> ready) {
   return verify_draft("verify_block", Against::block, tokens, next_token, next_sibling, logits,
                       draft, draft_index, uniforms, true, temperature, ready);
 }
 
 Verdicts verify_traversal(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
                           Tensor draft, Tensor draft_index, Tensor uniforms, bool replacement,
-                          double temperature, MaybeTensor ready) {
+                          double temperature, std::optional<Tensor> ready) {
   return verify_draft("verify_traversal", Against::traversal, tokens, next_token, next_sibling,
                       logits, draft, draft_index, uniforms, replacement, temperature, ready);
 }
 
 Verdicts verify_typical(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
                         Tensor uniforms, double epsilon, double alpha, double temperature,
-                        MaybeTensor ready) {
+                        std::optional<Tensor> ready) {
   const char* op = "verify_typical";
-  BW_CHECK(epsilon >= 0, op, ": epsilon must not be negative, got ", epsilon);
-  BW_CHECK(alpha >= 0, op, ": alpha must not be negative, got ", alpha);
+  check_typical(op, epsilon, alpha);
   return verify(
       {op, tokens, next_token, next_sibling, logits, ready, temperature, &uniforms},
       [&](const VerifyRow& row, const VocabKernels& k) { return typical(row, k, epsilon, alpha); });
@@ -208,7 +132,8 @@ Verdicts verify_typical(Tensor tokens, Tensor next_token, Tensor next_sibling, T
 
 Verdicts verify_policy(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
                        Tensor uniforms, int64_t policy_id, double threshold, double alpha,
-                       int64_t top_k, bool first_only, double temperature, MaybeTensor ready) {
+                       int64_t top_k, bool first_only, double temperature,
+                       std::optional<Tensor> ready) {
   const char* op = "verify_policy";
   BW_CHECK(policy_id >= 0 && policy_id <= 3, op, ": policy must lie between 0 and 3, got ",
            policy_id);

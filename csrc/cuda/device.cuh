@@ -63,6 +63,8 @@ __device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline void sync_block() { __syncthreads(); }
 
 __device__ inline int count_bits(uint64_t word) { return __popcll(word); }
+__device__ inline int lowest_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
+__device__ inline int leading_zeros(uint32_t word) { return __clz(static_cast<int>(word)); }
 
 // The block's dynamic shared memory.
 __device__ inline char* shared_memory() {

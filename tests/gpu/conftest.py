@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from branchwise import ops
 from branchwise.ops._load import LIBRARY_DIR
@@ -15,22 +17,29 @@ ON_DEVICE = ops.CUDA_LOADED and torch.cuda.is_available()
 
 
 class Device:
-    """Calls a CUDA op with CPU tensors and hands back CPU tensors."""
+    """The ops of branchwise, run by CUDA kernels: takes CPU tensors and hands back CPU tensors."""
 
     def __init__(self, name: str):
         self.emulated = name == "emulated"
         self.ops = torch.ops.branchwise_emulated if self.emulated else torch.ops.branchwise
 
-    def move(self, value):
-        if isinstance(value, list):
-            return [self.move(x) for x in value]
-        return value if self.emulated or not isinstance(value, torch.Tensor) else value.cuda()
+    def active(self):
+        """While it lasts, the ops of branchwise are those of this device, for whoever calls them."""
+        return mock.patch.object(torch.ops, "branchwise", self.ops)
 
     def __getattr__(self, op: str) -> Callable:
         def call(*args, **options):
-            moved = [self.move(x) for x in args], {k: self.move(v) for k, v in options.items()}
-            result = getattr(self.ops, op)(*moved[0], **moved[1])
-            return result.cpu() if isinstance(result, torch.Tensor) else tuple(x.cpu() for x in result)
+            if self.emulated:
+                with self.active():
+                    return getattr(ops, op)(*args, **options)
+            moved = tree_map_only(torch.Tensor, lambda x: x.cuda(), (args, options))
+            result = getattr(ops, op)(*moved[0], **moved[1])
+            # What the op wrote in place.
+            pairs = zip(tree_leaves((args, options)), tree_leaves(moved), strict=True)
+            for own, on_device in pairs:
+                if isinstance(own, torch.Tensor):
+                    own.copy_(on_device)
+            return tree_map_only(torch.Tensor, lambda x: x.cpu(), result)
 
         return call
 

@@ -114,7 +114,7 @@ def test_values_outside_the_cache_are_not_read(dtype, device):
         counts = torch.full((2, 1), count, dtype=torch.int32)
         for unit in (1, 16):
             out, _ = device.sparse_attention(
-                query, key, value, seq_lens, lists, counts, unit, tree_mask=mask, page_table=table
+                query, key, value, seq_lens, indices=lists, counts=counts, unit=unit, tree_mask=mask, page_table=table
             )
             assert out.isfinite().all()
 

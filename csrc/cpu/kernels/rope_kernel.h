@@ -2,15 +2,9 @@
 #pragma once
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/rope_args.h"
 
 namespace branchwise {
-
-struct RopeArgs {
-  DType type;        // of key and out
-  DType angle_type;  // of cos and sin: f32, or that of key
-  int64_t D, R;      // head dim; the first R of it are rotated, the rest is copied
-};
 
 struct RopeKernels {
   // out[D] = key[D] with the halves of its first R values rotated; cos and sin hold R values.

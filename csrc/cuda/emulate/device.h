@@ -163,6 +163,8 @@ inline void sync_warp() {
 void sync_block();
 
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
+inline int lowest_bit(uint32_t word) { return __builtin_ctz(word); }
+inline int leading_zeros(uint32_t word) { return __builtin_clz(word); }
 inline char* shared_memory() { return emulate::shared(); }
 inline void copy_async(void* to, const void* from, bool valid) { emulate::copy(to, from, valid); }
 inline void commit_copies() { emulate::commit(); }

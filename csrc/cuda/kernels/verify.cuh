@@ -1,0 +1,32 @@
+// The acceptance rules on device pointers, a block per row of the batch and one launch for all.
+#pragma once
+#include <cstdint>
+
+#include "common/verify_row.h"
+
+namespace branchwise::cuda {
+
+enum class Rule : int { greedy, each_child, one_coin, match, multi_draft, traversal, typical };
+
+struct VerifyLaunch {
+  VerifyRow first;       // that of row 0: the others follow
+  int64_t B, row_bytes;  // between the logits of rows
+  Rule rule;
+  Thresholds thresholds;  // one_coin
+  double epsilon, alpha;  // typical
+  bool replacement;       // multi_draft, traversal
+  int32_t* accepted;      // [B, T]
+  int32_t* num_accepted;  // [B]
+  int64_t* bonus;         // [B]
+};
+
+// Bytes of shared memory that trees of T nodes need, and the most there are.
+int64_t verify_shared_bytes(Rule rule, int64_t T);
+constexpr int64_t kMostSharedBytes = 160 * 1024;
+
+// Links that lead nowhere end a walk, tokens outside the vocabulary are never accepted. A row whose
+// logits are no distribution (NaN, +inf, nothing above -inf) accepts nothing and has the bonus -1.
+// Returns the CUDA error code of the launch.
+int verify(const VerifyLaunch& launch, void* stream);
+
+}  // namespace branchwise::cuda
