@@ -67,9 +67,11 @@ class Rule:
 
     def __call__(self, tree: TokenTree, target: Target, uniforms: Tensor) -> Accepted:
         """``uniforms``: f32[B, T, 2], see :mod:`branchwise.ops.verify`."""
+        device = target.logits.device
+        there, noise = tree.verified_on(device), uniforms.to(device)
         verdict = target.decide(
             tree,
-            lambda scores, temperature, ready: self.verify(tree, uniforms, scores, temperature, ready),
+            lambda scores, temperature, ready: self.verify(there, noise, scores, temperature, ready),
             read_ahead=not self.path_only,
         )
         return Accepted(*verdict)

@@ -166,8 +166,12 @@ def use_attention(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation_internal = before[key]
 
 
-def check_supported(model: PreTrainedModel) -> None:
+def check_supported(model: PreTrainedModel, on_cuda: bool = False) -> None:
     """Refuses, with the reason, a model whose attention or state the kernels cannot serve.
+
+    Args:
+        model: of a decoder.
+        on_cuda: the decoder can have its model on a GPU.
 
     Raises:
         ValueError: encoder-decoder, recurrent state, an attention that bypasses the attention interface, bidirectional
@@ -195,7 +199,8 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} stores compressed keys (MLA), which the KV store cannot hold yet")
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None) == "all":
         raise ValueError(f"{name} is configured with bidirectional attention; branchwise decodes causal models")
-    if model.device.type != "cpu":
-        raise ValueError(f"{name} is on {model.device}; tree_attention runs on the CPU so far: call model.to('cpu')")
+    if model.device.type != "cpu" and not (on_cuda and model.device.type == "cuda" and ops.CUDA_LOADED):
+        reason = "was built without CUDA" if on_cuda and model.device.type == "cuda" else "decodes so on the CPU only"
+        raise ValueError(f"{name} is on {model.device}; branchwise {reason}: call model.to('cpu')")
     if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} has dtype {model.dtype}; branchwise supports float32, bfloat16 and float16")

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops
+from .devices import Mirror
 from .pages import Allocate, PagedLayer, empty_slots, zero_slots
 
 _SLOT_STEP = 64  # capacities are multiples of this
@@ -42,7 +43,8 @@ class KVLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        ops.append_kv(key_states, value_states, self.keys, self.values, self.store.append_at)
+        append_at = self.store.append_mirror(self.store.append_at, key_states.device)
+        ops.append_kv(key_states, value_states, self.keys, self.values, append_at)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -67,9 +69,10 @@ class KVStore(Cache):
     ``seq_lens`` and stay uncommitted until :meth:`commit` keeps some of them. Call :meth:`reserve` before a forward.
 
     Attributes:
-        seq_lens: i32[B], committed tokens; positions count from here. Layers that tokens were evicted from
+        seq_lens: i32[B], committed tokens, on the host; positions count from here. Layers that tokens were evicted from
             (:meth:`evict`) hold fewer, see their ``lens``.
-        append_at: i32[B], the slot of the next append.
+        append_at: i32[B], the slot of the next append, on the host.
+        lens_mirror, append_mirror: these two on the device of a layer.
 
     Args:
         batch_size: rows, B.
@@ -84,7 +87,8 @@ class KVStore(Cache):
         super().__init__(layer_class_to_replicate=KVLayer)
         self.capacity = _round_up(capacity)
         self.seq_lens = self.append_at = torch.zeros(batch_size, dtype=torch.int32)
-        self.max_length = self._pending = 0  # max(seq_lens), kept on the host
+        self.max_length = self._pending = 0  # max(seq_lens)
+        self.lens_mirror, self.append_mirror = Mirror(), Mirror()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
         """Writes the new tokens; returns the whole slots [B, Hkv, S, D] or pages, not a copy."""
@@ -117,7 +121,11 @@ class KVStore(Cache):
         caches = [tensor for layer in self._contiguous() for tensor in (layer.keys, layer.values)]
         for layer in self._paged():
             layer.commit(accepted, num_accepted)
-        self.set_lengths(ops.commit_kv(caches, accepted, num_accepted, self.seq_lens))
+        if caches:
+            device = caches[0].device
+            lens = self.lens_mirror(self.seq_lens, device)
+            ops.commit_kv(caches, accepted.to(device), num_accepted.to(device), lens)
+        self.set_lengths(self.seq_lens + num_accepted)
 
     def advance(self, counts: Tensor) -> None:
         """Keeps the first ``counts[b]`` (i32[B]) new tokens of each row as they lie: a prompt, or an accepted chain."""
@@ -218,7 +226,7 @@ class KVStore(Cache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _rows(self, layer: KVLayer, old: Tensor, index: Tensor) -> Tensor:
-        return torch.index_select(old, 0, index, out=layer.allocate(old, (len(index), *old.shape[1:])))
+        return torch.index_select(old, 0, index.to(old.device), out=layer.allocate(old, (len(index), *old.shape[1:])))
 
     def _grown(self, layer: KVLayer, old: Tensor) -> Tensor:
         new = zero_slots(layer.allocate, old, (*old.shape[:2], self.capacity, old.shape[3]))

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .attention import AttentionPlan, LayerPolicy
 from .cache import KVStore
+from .devices import to_device
 from .tree import TokenTree
 
 _CHUNK = 2048  # prompt tokens per forward: bounds activations and workspace
@@ -110,9 +111,10 @@ class StoredModel:
             ValueError: the model never called the attention function.
         """
         self.store.reserve(tokens.shape[1], pending, layers)
-        plan = AttentionPlan(
-            self.store.seq_lens, tree_mask, positions, tree, prompt_ends, last_chunk, self.kv, self.store
-        )
+        device = self.model.device
+        tokens, positions, tree_mask = tokens.to(device), positions.to(device), to_device(tree_mask, device)
+        lens = self.store.lens_mirror(self.store.seq_lens, device)
+        plan = AttentionPlan(lens, tree_mask, positions, tree, prompt_ends, last_chunk, self.kv, self.store)
         if self.kv is not None:
             self.kv.before(tokens, positions)
         options: dict[str, Any] = {}

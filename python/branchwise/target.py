@@ -77,8 +77,8 @@ class Target:
         if fuse_temperature and type(only) is logits_process.TemperatureLogitsWarper:
             self.temperature = float(cast(logits_process.TemperatureLogitsWarper, only).temperature)
         elif len(processors[0]) > 0:
-            self.scores = torch.empty(logits.shape, dtype=torch.float32)
-            self.ready = torch.zeros(logits.shape[:2], dtype=torch.bool)
+            self.scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+            self.ready = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
 
     def decide(
         self, tree: TokenTree, verify: Callable[[Tensor, float, Tensor | None], Verdict], read_ahead: bool
@@ -88,7 +88,8 @@ class Target:
         ``read_ahead``: what is below a wanted node is wanted, too: first children only, and no leaves.
         """
         while True:
-            verdict = verify(self.scores, self.temperature, self.ready)
+            accepted, count, bonus = verify(self.scores, self.temperature, self.ready)
+            verdict = accepted.cpu(), count.cpu(), bonus.cpu()
             rows = torch.nonzero(verdict[1] == 0).flatten().tolist()
             if self.ready is None or not rows:
                 return verdict
@@ -105,13 +106,14 @@ class Target:
         scores = self.logits[rows, nodes].float()
         for processors in zip(*(self._processors[row] for row, _ in wanted), strict=True):
             if ignores_text(processors[0]) and all(p is processors[0] for p in processors):
-                scores = processors[0](tree.tokens[rows, nodes][:, None], scores)
+                scores = processors[0](tree.tokens[rows, nodes][:, None].to(scores.device), scores)
                 continue
             for i, (processor, (row, node)) in enumerate(zip(processors, wanted, strict=True)):
                 path = tree.rows[row].path(node)
                 end = self._lengths[row] + len(path)
                 self._texts[row][0, self._lengths[row] : end] = torch.tensor(path, dtype=torch.int64)
-                scores[i] = processor(self._texts[row][:, :end], scores[i : i + 1].clone())[0]
+                text = self._texts[row][:, :end].to(scores.device)
+                scores[i] = processor(text, scores[i : i + 1].clone())[0]
         assert self.ready is not None
         self.scores[rows, nodes] = scores
         self.ready[rows, nodes] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .devices import to_device
 
 FOREIGN = -2  # in RowTree.ids as a drafter sees it: the node is another drafter's
 
@@ -137,6 +139,15 @@ class TokenTree:
     @property
     def shape(self) -> tuple[int, int]:
         return self.tokens.shape[0], self.tokens.shape[1]
+
+    def verified_on(self, device: torch.device) -> TokenTree:
+        """With what acceptance rules read on another device."""
+        if self.tokens.device == device:
+            return self
+        there = copy(self)
+        for name in ("tokens", "next_token", "next_sibling", "draft", "draft_index"):
+            setattr(there, name, to_device(getattr(self, name), device))
+        return there
 
     def _drafts(self) -> tuple[Tensor | None, Tensor | None]:
         tables: list[Tensor] = []

@@ -39,23 +39,24 @@ class Call:
         streamer: Any,
         model_kwargs: dict[str, Any],
     ) -> None:
-        self.decoder, self.model, self.input_ids = decoder, model, input_ids
+        self.decoder, self.model, self.input_ids = decoder, model, input_ids.cpu()  # texts are the host's
         self.config = config or model.generation_config
         self.processors, self.stopping, self.model_kwargs = processors, stopping, model_kwargs
         self.streamer = streamer if streamer is not None else callers_streamer()
 
-    def check(self, causal: bool = True, returns_dict: bool = False) -> None:
+    def check(self, causal: bool = True, returns_dict: bool = False, on_cuda: bool = False) -> None:
         """Refuses what no decoder of texts can do.
 
         Args:
             causal: the model must be one that :func:`branchwise.attention.check_supported` lets pass.
             returns_dict: ``return_dict_in_generate`` is supported.
+            on_cuda: the model may be on a GPU.
 
         Raises:
             ValueError: an unsupported model or request; the message says why.
         """
         if causal:
-            check_supported(self.model)
+            check_supported(self.model, on_cuda)
         check_request(self.decoder, self.config, self.model_kwargs)
         if not returns_dict:
             refuse_dict(self.decoder, self.config)

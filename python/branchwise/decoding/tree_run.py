@@ -15,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..acceptance import GREEDY, Accepted, Rule
 from ..cache import KVStore
+from ..devices import to_device, wait_for
 from ..drafters import Drafter, DraftRequest, DraftSession, Needs, Verified
 from ..forward import StoredModel
 from ..kv import KVSession, policy_of
@@ -113,6 +114,8 @@ class TreeRun:
             most = max(room - length for room, length in zip(rooms, self.lengths, strict=True))
             store = KVStore(B, max(map(len, prompts)) + min(most, 512 + self.max_nodes))
         policy = policy_of(self.model)
+        if policy is not None and self.model.device.type != "cpu":
+            raise ValueError(f"KV policies run on the CPU so far, and the model is on {self.model.device}")
         self.kv = KVSession(self.model, store) if policy is None else policy.begin(self.model, store)
         self.target = StoredModel(
             self.model,
@@ -187,6 +190,7 @@ class TreeRun:
         tree = TokenTree(trees, self.target.store.seq_lens, self.draws)
         drafted = time.perf_counter()
         logits = self.target.forward(tree.tokens, tree.positions, None if tree.is_chain else tree.tree_mask, tree=tree)
+        wait_for(logits)
         done = time.perf_counter()
         self.stats.forwards += 1
         self.stats.row_forwards += len(self.rows) - sum(self.finished)
@@ -241,8 +245,8 @@ class TreeRun:
             tree=tree,
             nodes=accepted.nodes,
             count=accepted.count,
-            logits=logits if self.needs & Needs.LOGITS else None,
-            hidden_states=self.target.hidden_states,
+            logits=logits.cpu() if self.needs & Needs.LOGITS else None,
+            hidden_states=to_device(self.target.hidden_states, torch.device("cpu")),
         )
 
     def uniforms(self, tree: TokenTree) -> Tensor:
@@ -280,11 +284,11 @@ class TreeRun:
         self.rows = [self.rows[i] for i in kept]
         self.finished = [False] * len(kept)
 
-    def result(self) -> Tensor | TreeSpeculationOutput:
-        """What ``generate`` returns."""
+    def result(self, device: torch.device | None = None) -> Tensor | TreeSpeculationOutput:
+        """What ``generate`` returns, on a device or, None, where it is."""
         pad = getattr(self.config, "_pad_token_tensor", None)
         texts = [text[0, :length] for text, length in zip(self.texts, self.lengths, strict=True)]
-        sequences = pad_and_stack(texts, 0 if pad is None else int(pad.flatten()[0]))
+        sequences = pad_and_stack(texts, 0 if pad is None else int(pad.flatten()[0])).to(device)
         if not self.config.return_dict_in_generate:
             return sequences
         raw, processed = self.score_steps() if self.keep_scores else ((), ())

@@ -46,7 +46,7 @@ class TreeSpeculation(Decoder):
 
     Raises:
         ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
-            or a rule that does not fit.
+            a rule that does not fit, or a KV policy with a model on a GPU.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TreeSpeculation(Decoder):
         self._sizers: WeakKeyDictionary[PreTrainedModel, TreeSizer] = WeakKeyDictionary()
 
     def decode(self, call: Call) -> Tensor | TreeSpeculationOutput:
-        call.check(returns_dict=True)
+        call.check(returns_dict=True, on_cuda=True)
         model, config, prompts = call.model, call.config, call.prompts
         processors = call.row_processors()
         rule = choose_rule(self.rule, self.drafter.draws, bool(config.do_sample), processors)
@@ -98,4 +98,4 @@ class TreeSpeculation(Decoder):
         with use_attention(model), watch(self.monitor, len(prompts) * (longest - call.input_ids.shape[1])):
             run.decode(self.drafter, list(call.input_ids), call.starts, [longest] * len(prompts))
         self.stats = run.stats
-        return run.result()
+        return run.result(model.device)
