@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TRANSFORMERS ?= transformers>=5.17
 SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
 
-.PHONY: test test-slow test-wheel test-sanitize demo lint format bench bench-kernels bench-search bench-peers bench-kv bench-kvpress wheel clean
+.PHONY: test test-slow test-wheel test-sanitize test-gpu-sanitize bench-gpu demo lint format bench bench-kernels bench-search bench-peers bench-kv bench-kvpress wheel clean
 
 # torch first and pinned: any looser requirement pulls gigabytes of CUDA wheels.
 $(VENV)/.tools: pyproject.toml Makefile
@@ -51,6 +51,14 @@ test-sanitize: $(VENV)/.build
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(SANITIZE)/venv/bin/python -m pytest tests/test_ops_attention.py tests/test_ops_cascade.py tests/test_ops_kv.py tests/test_ops_tree.py tests/test_ops_verify.py tests/test_ops_draft.py tests/test_ops_sparse.py tests/test_ops_scores.py tests/test_ops_fetch.py tests/test_ops_diffusion.py tests/test_pages.py tests/test_offload.py tests/test_host_merge.py tests/test_host_page_pool.py tests/test_host_suffix.py tests/test_host_trie.py
 
+# On a machine with a GPU and a branchwise built there: every tool of compute-sanitizer over small cases.
+GPU_PYTHON ?= python3
+test-gpu-sanitize:
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+	    $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/gpu -k "cuda and not fp32 and (T1- or T7- or kv or row_alone)" || exit 1; \
+	done
+
 demo: $(VENV)/.build
 	$(BIN)/branchwise demo
 
@@ -83,6 +91,10 @@ bench-search: $(VENV)/.bench
 
 bench-kernels: $(VENV)/.bench
 	$(BIN)/python bench/kernels.py
+
+# On a machine with a GPU: builds, checks and times the CUDA ops.
+bench-gpu:
+	$(GPU_PYTHON) bench/gpu.py --build --check
 
 # Peers that bench/drafters.py compares with, in an environment of their own; they find torch and transformers in $(VENV).
 PEERS := build/peers
