@@ -262,6 +262,10 @@ def flashinfer_call(inputs: Inputs) -> Callable[[int], Any]:
     )
     page = 16
     pages = S // page
+
+    def paged(x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, : pages * page].unflatten(2, (pages, page)).transpose(1, 2).flatten(0, 1).contiguous()
+
     caches = [tuple(paged(x) for x in pair) for pair in inputs.caches]
     starts = torch.arange(case.B + 1, dtype=torch.int32, device="cuda") * pages
     index = torch.arange(case.B * pages, dtype=torch.int32, device="cuda")
