@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "common/kv_args.h"
+#include "common/score_call.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/rope_kernel.h"
 
@@ -16,25 +16,8 @@ namespace branchwise {
 void evict_kv(Tensor key_cache, Tensor value_cache, Tensor keep, Tensor counts,
               std::optional<Tensor> page_table) {
   const char* op = "evict_kv";
-  check_float_dtype(op, "key_cache", key_cache);
-  check_dtype(op, "value_cache", value_cache, key_cache.scalar_type());
-  check_dim(op, "keep", keep, 3, "[B, Hs, K]");
-  check_dtype(op, "keep", keep, ScalarType::Int);
-  check_contiguous(op, "keep", keep);
+  const CacheShape shape = check_evict(op, key_cache, value_cache, keep, counts, page_table);
   const int64_t B = keep.size(0), Hs = keep.size(1), K = keep.size(2);
-  check_dim(op, "counts", counts, 2, "[B, Hs]");
-  check_size(op, "counts", counts, 0, B, "B");
-  check_size(op, "counts", counts, 1, Hs, "Hs");
-  check_dtype(op, "counts", counts, ScalarType::Int);
-  check_contiguous(op, "counts", counts);
-  const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
-  const CacheShape value_shape = check_cache(op, "value_cache", value_cache, B, page_table);
-  BW_CHECK(value_shape.Hkv == shape.Hkv && value_shape.capacity == shape.capacity &&
-               value_shape.pages == shape.pages,
-           op, ": value_cache must have the heads and slots of key_cache, got ",
-           shape_of(value_cache), " and ", shape_of(key_cache));
-  BW_CHECK(Hs == 1 || Hs == shape.Hkv, op, ": keep.size(1) must be 1 or Hkv = ", shape.Hkv,
-           ", got shape ", shape_of(keep));
   const int32_t* lists = static_cast<const int32_t*>(keep.const_data_ptr());
   const int32_t* sizes = static_cast<const int32_t*>(counts.const_data_ptr());
   const KvLayout layouts[] = {layout_of(key_cache, page_table), layout_of(value_cache, page_table)};
@@ -73,24 +56,10 @@ void evict_kv(Tensor key_cache, Tensor value_cache, Tensor keep, Tensor counts,
 void rerotate_keys(Tensor key_cache, Tensor begin, Tensor end, Tensor shift, Tensor inv_freq,
                    std::optional<Tensor> page_table) {
   const char* op = "rerotate_keys";
-  check_float_dtype(op, "key_cache", key_cache);
-  check_dim(op, "shift", shift, 1, "[B]");
-  check_dtype(op, "shift", shift, ScalarType::Long);
-  check_contiguous(op, "shift", shift);
-  const int64_t B = shift.size(0);
-  const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
-  const RowLens from = check_seq_lens(op, begin, B, 0, shape, "begin");
-  const RowLens to = check_seq_lens(op, end, B, 0, shape, "end");
-  check_dim(op, "inv_freq", inv_freq, 1, "[R / 2]");
-  check_dtype(op, "inv_freq", inv_freq, ScalarType::Float);
-  check_contiguous(op, "inv_freq", inv_freq);
-  const int64_t half = inv_freq.size(0);
-  BW_CHECK(2 * half <= shape.D, op, ": inv_freq.size(0) = ", half,
-           " must be at most half of D = ", shape.D);
+  const auto [shape, from, to] =
+      check_rerotate(op, key_cache, begin, end, shift, inv_freq, page_table);
+  const int64_t B = shift.size(0), half = inv_freq.size(0);
   const KvLayout layout = layout_of(key_cache, page_table);
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t h = 0; h < shape.Hkv; ++h)
-      check_pages(op, layout, shape, b, h, from.at(b, h), to.at(b, h));
 
   const RopeArgs rope{dtype_of(key_cache.scalar_type()), DType::f32, shape.D, 2 * half};
   const RopeKernels& kernels = BW_KERNELS(rope_kernels);

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common/kv_args.h"
+#include "common/score_call.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/score_kernel.h"
@@ -51,52 +51,17 @@ std::vector<float> lse_of_rows(ScoreArgs args, int64_t B, bool causal, const Row
   return lse;
 }
 
-struct QueryShape {
-  int64_t B, Hq, T, D;
-};
-
-QueryShape check_query(const char* op, const Tensor& query) {
-  check_dim(op, "query", query, 4, "[B, Hq, T, D]");
-  check_float_dtype(op, "query", query);
-  check_last_contiguous(op, "query", query);
-  return {query.size(0), query.size(1), query.size(2), query.size(3)};
-}
-
-void check_reduce(const char* op, int64_t reduce) {
-  BW_CHECK(reduce == 0 || reduce == 1, op, ": reduce must be 0 (sum) or 1 (max), got ", reduce);
-}
-
 }  // namespace
 
 void page_summaries(Tensor key_cache, Tensor begin, Tensor end, Tensor summaries, int64_t page_size,
                     std::optional<Tensor> segment_offsets, std::optional<Tensor> page_table) {
   const char* op = "page_summaries";
-  check_float_dtype(op, "key_cache", key_cache);
-  check_dim(op, "summaries", summaries, 4, "[B, Hkv, N, D or 2 D]");
-  check_dtype(op, "summaries", summaries, key_cache.scalar_type());
-  check_contiguous(op, "summaries", summaries);
-  const int64_t B = summaries.size(0);
-  const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
-  const int64_t Hkv = shape.Hkv, D = shape.D, N = summaries.size(2);
-  check_size(op, "summaries", summaries, 1, Hkv, "Hkv");
-  BW_CHECK(summaries.size(3) == D || summaries.size(3) == 2 * D, op,
-           ": summaries.size(3) must be D (mean) or 2 D (max and min), with D = ", D,
-           ", got shape ", shape_of(summaries));
-  const Summary kind = summaries.size(3) == D ? Summary::mean : Summary::min_max;
-  const RowLens from = check_seq_lens(op, begin, B, 0, shape, "begin");
-  const RowLens to = check_seq_lens(op, end, B, 0, shape, "end");
-  const int32_t* offsets = nullptr;
-  if (segment_offsets) {
-    check_dim(op, "segment_offsets", *segment_offsets, 3, "[B, Hkv, N + 1]");
-    check_size(op, "segment_offsets", *segment_offsets, 0, B, "B");
-    check_size(op, "segment_offsets", *segment_offsets, 1, Hkv, "Hkv");
-    check_size(op, "segment_offsets", *segment_offsets, 2, N + 1, "N + 1");
-    check_dtype(op, "segment_offsets", *segment_offsets, ScalarType::Int);
-    check_contiguous(op, "segment_offsets", *segment_offsets);
-    offsets = static_cast<const int32_t*>(segment_offsets->const_data_ptr());
-  } else {
-    BW_CHECK(page_size >= 1, op, ": page_size must be at least 1, got ", page_size);
-  }
+  const SummaryCall call = check_page_summaries(op, key_cache, begin, end, summaries, page_size,
+                                                segment_offsets, page_table);
+  const CacheShape& shape = call.shape;
+  const RowLens &from = call.from, &to = call.to;
+  const int32_t* offsets = call.offsets;
+  const int64_t B = summaries.size(0), Hkv = shape.Hkv, D = shape.D, N = summaries.size(2);
   const KvLayout layout = layout_of(key_cache, page_table);
   // Units [first, last) of a row and head: pages that slots were added to, or given segments.
   const auto first = [&](int64_t b, int64_t h) -> int64_t {
@@ -147,7 +112,7 @@ void page_summaries(Tensor key_cache, Tensor begin, Tensor end, Tensor summaries
         if (rows.empty())
           std::fill(to_row, to_row + width * bytes, 0);
         else
-          k.summarise(type, rows.data(), high - low, D, kind, to_row);
+          k.summarise(type, rows.data(), high - low, D, call.kind, to_row);
       }
     }
   });
@@ -156,20 +121,9 @@ void page_summaries(Tensor key_cache, Tensor begin, Tensor end, Tensor summaries
 Tensor score_pages(Tensor query, Tensor summaries, Tensor num_pages, int64_t reduce, bool per_token,
                    bool normalize, double scale) {
   const char* op = "score_pages";
-  const auto [B, Hq, T, D] = check_query(op, query);
-  check_reduce(op, reduce);
-  check_dim(op, "summaries", summaries, 4, "[B, Hkv, N, D or 2 D]");
-  check_dtype(op, "summaries", summaries, query.scalar_type());
-  check_last_contiguous(op, "summaries", summaries);
-  check_size(op, "summaries", summaries, 0, B, "B");
+  const RowLens pages = check_score_pages(op, query, summaries, num_pages, reduce);
+  const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
   const int64_t Hkv = summaries.size(1), N = summaries.size(2), width = summaries.size(3);
-  BW_CHECK(Hkv > 0 && Hq % Hkv == 0, op, ": query heads Hq = ", Hq,
-           " must be a multiple of the KV heads Hkv = ", Hkv);
-  BW_CHECK(width == D || width == 2 * D, op, ": summaries.size(3) must be D or 2 D with D = ", D,
-           ", got shape ", shape_of(summaries));
-  BW_CHECK(D >= 1 && width <= kMaxHeadDim, op, ": summaries.size(3) = ", width,
-           " must lie between 1 and ", kMaxHeadDim);
-  const RowLens pages = check_seq_lens(op, num_pages, B, 0, {Hkv, D, N, N, B}, "num_pages");
   const int64_t tokens = per_token ? T : 1;
   Tensor out = empty<4>({B, tokens, Hkv, N}, ScalarType::Float);
   float* scores = static_cast<float*>(out.mutable_data_ptr());
@@ -235,37 +189,16 @@ Tensor attention_mass(Tensor query, Tensor key_cache, Tensor seq_lens, std::opti
                       int64_t reduce, bool per_query_head, bool per_token,
                       std::optional<double> scale, double softcap) {
   const char* op = "attention_mass";
-  const auto [B, Hq, T, D] = check_query(op, query);
-  check_reduce(op, reduce);
-  check_dtype(op, "key_cache", key_cache, query.scalar_type());
-  const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
-  const int64_t Hkv = shape.Hkv;
-  check_size(op, "key_cache", key_cache, 3, D, "D of query");
-  BW_CHECK(D >= 1 && D <= kMaxHeadDim, op, ": query.size(3) = ", D,
-           " must be a head dim between 1 and ", kMaxHeadDim);
-  BW_CHECK(Hkv > 0 && Hq % Hkv == 0, op, ": query heads Hq = ", Hq,
-           " must be a multiple of the KV heads Hkv = ", Hkv);
-  BW_CHECK(softcap >= 0 && std::isfinite(softcap), op,
-           ": softcap must be 0 (none) or positive, got ", softcap);
-  const RowLens lens = check_seq_lens(op, seq_lens, B, T, shape);
+  const MassCall call = check_attention_mass(op, query, key_cache, seq_lens, lse, weights,
+                                             page_table, reduce, softcap);
+  const RowLens& lens = call.lens;
+  const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
+  const int64_t Hkv = call.shape.Hkv;
   ScoreArgs args{};
   args.layout = layout_of(key_cache, page_table);
-  check_all_pages(op, args.layout, shape, lens, B, T);
-  if (lse) {
-    check_dim(op, "lse", *lse, 3, "[B, Hq, T]");
-    for (int i = 0; i < 3; ++i) check_size(op, "lse", *lse, i, query.size(i), "that of query");
-    check_dtype(op, "lse", *lse, ScalarType::Float);
-    check_contiguous(op, "lse", *lse);
-    args.lse = static_cast<const float*>(lse->const_data_ptr());
-  }
-  if (weights) {
-    check_nodes(op, "weights", *weights, B, T, ScalarType::Float);
-    args.weights = static_cast<const float*>(weights->const_data_ptr());
-    for (int64_t i = 0; i < B * T; ++i)
-      BW_CHECK(args.weights[i] >= 0, op, ": weights[", i / T, ", ", i % T, "] = ", args.weights[i],
-               " must not be negative");
-  }
-  const int64_t Ho = per_query_head ? Hq : Hkv, S = shape.capacity;
+  args.lse = call.lse;
+  args.weights = call.weights;
+  const int64_t Ho = per_query_head ? Hq : Hkv, S = call.shape.capacity;
   const int64_t tokens = per_token ? T : 1;
   Tensor out = empty<4>({B, tokens, Ho, S}, ScalarType::Float);
   float* mass = static_cast<float*>(out.mutable_data_ptr());

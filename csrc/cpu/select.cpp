@@ -8,7 +8,7 @@
 #include <numeric>
 #include <vector>
 
-#include "common/check.h"
+#include "common/score_call.h"
 #include "cpu/empty.h"
 
 namespace branchwise {
@@ -43,7 +43,7 @@ int32_t* take_best(const float* scores, int64_t begin, int64_t end, int64_t coun
   const std::vector<uint32_t>* from = &w.keys;
   uint32_t least = 0;
   int64_t wanted = count;  // among the keys that share the bits found so far
-  for (const auto [shift, bits] : {std::pair{21, 11}, {10, 11}, {0, 10}}) {
+  for (const auto& [shift, bits] : {std::pair{21, 11}, {10, 11}, {0, 10}}) {
     std::fill(w.bins, w.bins + (1 << bits), 0);
     const uint32_t mask = (1u << bits) - 1;
     for (const uint32_t key : *from) ++w.bins[key >> shift & mask];
@@ -82,17 +82,9 @@ const int32_t* check_limits(const char* op, const char* name, const Tensor& t, i
 std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor num_scored,
                                         Tensor budgets, int64_t num_sinks) {
   const char* op = "select_pages";
-  check_dim(op, "scores", scores, 4, "[B, L, Hs, N]");
-  check_dtype(op, "scores", scores, ScalarType::Float);
-  check_contiguous(op, "scores", scores);
+  check_select_pages(op, scores, num_pages, num_scored, budgets, num_sinks);
   const int64_t B = scores.size(0), L = scores.size(1), H = scores.size(2), N = scores.size(3);
-  check_dim(op, "budgets", budgets, 3, "[B, L, Hs]");
-  for (int i = 0; i < 3; ++i)
-    check_size(op, "budgets", budgets, i, scores.size(i), "that of scores");
-  check_dtype(op, "budgets", budgets, ScalarType::Int);
-  check_contiguous(op, "budgets", budgets);
   const int32_t* budget = static_cast<const int32_t*>(budgets.const_data_ptr());
-  BW_CHECK(num_sinks >= 0, op, ": num_sinks must not be negative, got ", num_sinks);
   const int32_t* all = check_limits(op, "num_pages", num_pages, B, L, N);
   const int32_t* scored = check_limits(op, "num_scored", num_scored, B, L, N);
   int64_t width = 1;

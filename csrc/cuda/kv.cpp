@@ -9,28 +9,10 @@
 
 #include "common/kv_call.h"
 #include "common/tree_call.h"
+#include "cuda/cache_ref.h"
 #include "cuda/stream.h"
 
 namespace branchwise {
-namespace {
-
-cuda::Lengths lengths_of(const RowLens& lens) {
-  return {lens.data, lens.row_stride, lens.head_stride};
-}
-
-cuda::CacheRef cache_ref(const char* op, const Tensor& cache, int64_t B,
-                         const std::optional<Tensor>& page_table) {
-  const CacheShape shape = check_cache(op, "cache", cache, B, page_table);
-  return {cache.mutable_data_ptr(),
-          layout_of(cache, page_table),
-          shape.D,
-          element_size(cache),
-          shape.capacity,
-          shape.pages};
-}
-
-}  // namespace
-
 void append_kv_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
                     std::optional<Tensor> page_table, std::optional<Tensor> cos,
                     std::optional<Tensor> sin) {
@@ -49,14 +31,14 @@ void append_kv_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cac
   launch.B = key.size(0);
   launch.Hkv = key.size(1);
   launch.T = key.size(2);
-  launch.lens = lengths_of(call.lens);
+  launch.lens = cuda::lengths_of(call.lens);
   launch.rope = call.rope;
   const Tensor* from[] = {&key, &value};
   const Tensor* to[] = {&key_cache, &value_cache};
   for (int i = 0; i < 2; ++i) {
     launch.from[i] = from[i]->const_data_ptr();
     for (int d = 0; d < 3; ++d) launch.stride[i][d] = from[i]->stride(d);
-    launch.to[i] = cache_ref(op, *to[i], launch.B, page_table);
+    launch.to[i] = cuda::cache_ref(op, *to[i], launch.B, page_table);
   }
   if (cos) {
     launch.cos = cos->const_data_ptr();
@@ -82,7 +64,7 @@ Tensor commit_kv_cuda(std::vector<Tensor> caches, Tensor accepted, Tensor num_ac
   cuda::CommitLaunch launch{};
   launch.accepted = static_cast<const int32_t*>(accepted.const_data_ptr());
   launch.num_accepted = static_cast<const int32_t*>(num_accepted.const_data_ptr());
-  launch.lens = lengths_of(call.lens);
+  launch.lens = cuda::lengths_of(call.lens);
   launch.B = accepted.size(0);
   launch.A = accepted.size(1);
   launch.heads = call.heads;
@@ -91,7 +73,7 @@ Tensor commit_kv_cuda(std::vector<Tensor> caches, Tensor accepted, Tensor num_ac
     const size_t count = std::min<size_t>(cuda::kCommitCaches, caches.size() - first);
     launch.num_caches = static_cast<int32_t>(count);
     for (size_t i = 0; i < count; ++i) {
-      launch.caches[i] = cache_ref(op, caches[first + i], launch.B, page_table);
+      launch.caches[i] = cuda::cache_ref(op, caches[first + i], launch.B, page_table);
       launch.Hkv[i] =
           page_table && page_table->dim() == 3 ? page_table->size(1) : caches[first + i].size(1);
     }

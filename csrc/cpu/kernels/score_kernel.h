@@ -5,6 +5,7 @@
 
 #include "common/dtype.h"
 #include "common/kv_layout.h"
+#include "common/summary.h"
 #include "cpu/kernels/attention_kernel.h"
 
 namespace branchwise {
@@ -38,8 +39,6 @@ constexpr int64_t kSeesAll = INT64_MAX / 2;
 inline int64_t score_scratch(int64_t rows, int64_t D) {
   return query_floats(rows, D) + kKeyTile * 3 * kRowPad + kKeyTile * D + 6 * padded_rows(rows);
 }
-
-enum class Summary : int { min_max, mean };
 
 struct ScoreKernels {
   void (*reduce_rows)(const ScoreArgs&, const ScoreUnit&, float* scratch);

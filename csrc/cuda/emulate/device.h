@@ -164,6 +164,12 @@ void sync_block();
 
 inline int count_bits(uint64_t word) { return __builtin_popcountll(word); }
 inline int lowest_bit(uint32_t word) { return __builtin_ctz(word); }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline void add_atomic(int32_t* to, int32_t x) { *to += x; }
 inline int leading_zeros(uint32_t word) { return __builtin_clz(word); }
 inline char* shared_memory() { return emulate::shared(); }
 inline void copy_async(void* to, const void* from, bool valid) { emulate::copy(to, from, valid); }

@@ -4,12 +4,13 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/kernels/eight-inl.cuh"
 
 namespace branchwise::cuda {
 
 constexpr int kBlockThreads = 512, kBlockWarps = kBlockThreads / kWarp;
 constexpr int kMostChunks = 1024;
-constexpr int kLaneTokens = 8;  // next to each other: 16 bytes of a 16-bit type
+constexpr int kLaneTokens = 8;  // next to each other
 constexpr double kNoMass = 1e-12;
 
 // A token that a residual treats apart: of its own weight, and out of the draft or not.
@@ -34,27 +35,6 @@ __device__ inline int64_t chunk_size(int64_t V) {
   return (V + round * kMostChunks - 1) / (round * kMostChunks) * round;
 }
 
-// Eight logits or probabilities from `at` on, `beyond` behind the end of the row.
-template <typename Element>
-__device__ void load_tokens(const Element* row, int64_t at, int64_t V, float beyond,
-                            float (&x)[kLaneTokens]) {
-  struct alignas(16) Vector {
-    Element elements[16 / sizeof(Element)];
-  };
-  constexpr int kPerVector = 16 / sizeof(Element);
-  if (at + kLaneTokens <= V && reinterpret_cast<uintptr_t>(row + at) % 16 == 0) {
-#pragma unroll
-    for (int v = 0; v < kLaneTokens / kPerVector; ++v) {
-      const Vector loaded = reinterpret_cast<const Vector*>(row + at)[v];
-#pragma unroll
-      for (int i = 0; i < kPerVector; ++i) x[v * kPerVector + i] = to_float(loaded.elements[i]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kLaneTokens; ++i) x[i] = at + i < V ? to_float(row[at + i]) : beyond;
-}
-
 // The sum of an array of chunks, in one order always: a warp adds up.
 __device__ inline void total_of(const float* chunks, int64_t count, double* out) {
   if (threadIdx.x < kWarp) {
@@ -74,7 +54,7 @@ __device__ int64_t block_argmax(const Element* row, int64_t V, Scratch& s) {
 #pragma unroll 4
   for (int64_t at = int64_t{threadIdx.x} * kLaneTokens; at < V; at += kBlockThreads * kLaneTokens) {
     float x[kLaneTokens];
-    load_tokens(row, at, V, -INFINITY, x);
+    load_eight(row, at, V, -INFINITY, x);
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i)
       if (x[i] > best) {
@@ -132,7 +112,7 @@ struct BlockResidual {
       for (int64_t at = c * size_of + lane * kLaneTokens;
            at - lane * kLaneTokens < (c + 1) * size_of; at += kWarp * kLaneTokens) {
         float x[kLaneTokens], most = highest;
-        load_tokens(row, at, V, -INFINITY, x);
+        load_eight(row, at, V, -INFINITY, x);
 #pragma unroll
         for (int i = 0; i < kLaneTokens; ++i) most = fmaxf(most, x[i]);
         most = warp_max(most);
@@ -300,8 +280,8 @@ struct BlockResidual {
     for (int64_t at = begin + lane * kLaneTokens; at - lane * kLaneTokens < begin + size_of;
          at += kWarp * kLaneTokens) {
       float x[kLaneTokens], drafts[kLaneTokens] = {};
-      load_tokens(row, at, V, -INFINITY, x);
-      if (q != nullptr) load_tokens(q, at, V, 0.f, drafts);
+      load_eight(row, at, V, -INFINITY, x);
+      if (q != nullptr) load_eight(q, at, V, 0.f, drafts);
 #pragma unroll
       for (int i = 0; i < kLaneTokens; ++i)
         x[i] = fmaxf(target * exp2f((x[i] - top) * scale) - draft * drafts[i], 0.f);

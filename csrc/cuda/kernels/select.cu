@@ -1,0 +1,205 @@
+// select_pages, evict_kv and rerotate_keys: what is attended to, what is kept, and where it stands.
+#include "cuda/device.cuh"
+#include "cuda/kernels/score.cuh"
+#include "cuda/kernels/slots-inl.cuh"
+
+namespace branchwise::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kBins = 2048;
+
+// Larger floats have larger keys; NaN counts as the smallest.
+__device__ uint32_t key_of(float x) {
+  if (x != x) return 0;
+  x += 0.f;  // -0 equals 0
+  const uint32_t bits = bits_of(x);
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+struct SelectShared {
+  int32_t bins[kBins];
+  int32_t warps[2][kWarps];
+  int32_t bin, left;
+};
+
+// Thread by thread, how many before it in the block have the flag, and how many all have. `which`
+// alternates, so that the next call need not wait for readers of this one.
+__device__ int32_t count_before(SelectShared& s, int which, bool flag, int32_t* all) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint32_t bits = ballot(flag);
+  if (lane == 0) s.warps[which][warp] = count_bits(bits);
+  sync_block();
+  int32_t before = count_bits(bits & ((1u << lane) - 1));
+  *all = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += s.warps[which][w];
+    *all += s.warps[which][w];
+  }
+  return before;
+}
+
+// From the top, the bin in which the cumulative count reaches `wanted`, and what is wanted of it.
+__device__ void find_bin(SelectShared& s, int bins, int32_t wanted) {
+  if (threadIdx.x >= kWarp) return;
+  const int lane = threadIdx.x, each = bins / kWarp, top = bins - 1 - lane * each;
+  int32_t own = 0, before = 0;
+  for (int i = 0; i < each; ++i) own += s.bins[top - i];
+  for (int l = 0; l < kWarp; ++l) {
+    const int32_t other = shuffle(own, l);
+    if (l < lane) before += other;
+  }
+  if (before >= wanted || before + own < wanted) return;
+  int i = 0;
+  for (; before + s.bins[top - i] < wanted; ++i) before += s.bins[top - i];
+  s.bin = top - i;
+  s.left = wanted - before;
+}
+
+// A block per list: a radix search for the least key that is taken, then passes that take in order.
+__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectLaunch in) {
+  SelectShared& s = *reinterpret_cast<SelectShared*>(shared_memory());
+  const int64_t list = blockIdx.x, row = list / in.H;
+  const auto within = [](int64_t x, int64_t most) { return x < 0 ? 0 : x < most ? x : most; };
+  const int64_t all = within(in.num_pages[row], in.N), scored = within(in.num_scored[row], all);
+  const int64_t sinks = within(in.num_sinks, scored);
+  const int64_t candidates = scored - sinks;
+  const int32_t wanted = static_cast<int32_t>(within(in.budgets[list] - sinks, candidates));
+  const float* scores = in.scores + list * in.N + sinks;
+  int32_t* out = in.indices + list * in.width;
+
+  uint32_t least = 0;
+  int32_t ties = 0;  // of the least key, how many are taken
+  const bool some = wanted > 0 && wanted < candidates;
+  if (some) {
+    ties = wanted;
+    for (int pass = 0; pass < 3; ++pass) {
+      const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
+      const uint32_t fixed = pass == 0 ? 0 : pass == 1 ? ~0u << 21 : ~0u << 10;
+      for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
+      sync_block();
+      for (int64_t i = threadIdx.x; i < candidates; i += kThreads) {
+        const uint32_t key = key_of(scores[i]);
+        if ((key & fixed) == (least & fixed))
+          add_atomic(&s.bins[key >> shift & ((1u << bits) - 1)], 1);
+      }
+      sync_block();
+      find_bin(s, 1 << bits, ties);
+      sync_block();
+      least |= static_cast<uint32_t>(s.bin) << shift;
+      ties = s.left;
+    }
+  }
+
+  for (int64_t i = threadIdx.x; i < sinks; i += kThreads) out[i] = static_cast<int32_t>(i);
+  int64_t length = sinks;
+  int32_t ties_taken = 0;
+  for (int64_t begin = 0; begin < candidates && wanted > 0; begin += kThreads) {
+    const int64_t i = begin + threadIdx.x;
+    const uint32_t key = i < candidates ? key_of(scores[i]) : 0;
+    const bool here = i < candidates, tie = some && here && key == least;
+    int32_t tied, taken;
+    sync_block();
+    const int32_t tie_rank = ties_taken + count_before(s, 0, tie, &tied);
+    const bool take = here && (!some || key > least || (tie && tie_rank < ties));
+    const int32_t before = count_before(s, 1, take, &taken);
+    if (take) out[length + before] = static_cast<int32_t>(sinks + i);
+    length += taken;
+    ties_taken += tied;
+  }
+  for (int64_t i = scored + threadIdx.x; i < all; i += kThreads)
+    out[length + i - scored] = static_cast<int32_t>(i);
+  length += all - scored;
+  for (int64_t i = length + threadIdx.x; i < in.width; i += kThreads) out[i] = -1;
+  if (threadIdx.x == 0) in.counts[list] = static_cast<int32_t>(length);
+}
+
+// A block per cache, row and head. Slots move a few kilobytes at a time, all of them read before
+// any is written; what is read later lies behind everything written so far.
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads) evict_kernel(const __grid_constant__ EvictLaunch in) {
+  constexpr int kTogether = 4;
+  const int64_t heads = in.B * in.Hkv, i = blockIdx.x % heads, b = i / in.Hkv, h = i % in.Hkv;
+  const CacheRef& cache = in.caches[blockIdx.x / heads];
+  const int64_t list_at = b * in.Hs + (in.Hs > 1 ? h : 0);
+  const int32_t* keep = in.keep + list_at * in.K;
+  const int64_t count = min(int64_t{in.counts[list_at]}, in.K);
+  const int64_t units = cache.D * cache.element_bytes / static_cast<int64_t>(sizeof(Unit));
+  for (int64_t begin = 0; begin < count * units; begin += kThreads * kTogether) {
+    Unit values[kTogether];
+    Unit* targets[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int64_t at = begin + j * kThreads + threadIdx.x, to = at / units;
+      targets[j] = nullptr;
+      if (at >= count * units || keep[to] <= to) continue;
+      const char* source = slot_at(cache, b, h, keep[to]);
+      char* target = slot_at(cache, b, h, to);
+      if (source == nullptr || target == nullptr) continue;
+      values[j] = reinterpret_cast<const Unit*>(source)[at % units];
+      targets[j] = reinterpret_cast<Unit*>(target) + at % units;
+    }
+    sync_block();
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+      if (targets[j] != nullptr) *targets[j] = values[j];
+    sync_block();
+  }
+}
+
+// Blocks of a row and head, a warp per slot, angles in shared memory.
+constexpr int kSlots = 64;  // per block
+template <typename Element>
+__global__ void __launch_bounds__(kThreads)
+    rerotate_kernel(const __grid_constant__ RerotateLaunch in) {
+  const int64_t h = blockIdx.y % in.Hkv, b = blockIdx.y / in.Hkv;
+  const int64_t begin = length_of(in.begin, b, h) + int64_t{blockIdx.x} * kSlots;
+  const int64_t end = min(length_of(in.end, b, h), begin + kSlots);
+  if (in.shift[b] == 0 || begin >= end) return;
+  float* cos_of = reinterpret_cast<float*>(shared_memory());
+  float* sin_of = cos_of + in.half;
+  for (int64_t i = threadIdx.x; i < in.half; i += kThreads) {
+    const double angle = static_cast<double>(in.inv_freq[i]) * static_cast<double>(in.shift[b]);
+    cos_of[i] = static_cast<float>(cos(angle));
+    sin_of[i] = static_cast<float>(sin(angle));
+  }
+  sync_block();
+  for (int64_t slot = begin + threadIdx.x / kWarp; slot < end; slot += kWarps) {
+    auto* key = reinterpret_cast<Element*>(slot_at(in.keys, b, h, slot));
+    if (key == nullptr) continue;
+    for (int64_t i = threadIdx.x % kWarp; i < in.half; i += kWarp) {
+      const float low = to_float(key[i]), high = to_float(key[in.half + i]);
+      from_float(low * cos_of[i] - high * sin_of[i], key + i);
+      from_float(high * cos_of[i] + low * sin_of[i], key + in.half + i);
+    }
+  }
+}
+
+}  // namespace
+
+int select_pages(const SelectLaunch& in, void* stream) {
+  if (in.rows * in.H == 0) return 0;
+  return launch(select_kernel, Grid(static_cast<unsigned>(in.rows * in.H)), kThreads,
+                static_cast<int>(sizeof(SelectShared)), stream, in);
+}
+
+int evict_kv(const EvictLaunch& in, void* stream) {
+  const int64_t blocks = 2 * in.B * in.Hkv;
+  if (blocks == 0) return 0;
+  const Grid grid(static_cast<unsigned>(blocks));
+  return on_16_bytes(in.caches[0]) && on_16_bytes(in.caches[1])
+             ? launch(evict_kernel<Bytes16>, grid, kThreads, 0, stream, in)
+             : launch(evict_kernel<uint16_t>, grid, kThreads, 0, stream, in);
+}
+
+int rerotate_keys(const RerotateLaunch& in, void* stream) {
+  if (in.B * in.Hkv * in.most * in.half == 0) return 0;
+  const Grid grid(static_cast<unsigned>((in.most + kSlots - 1) / kSlots),
+                  static_cast<unsigned>(in.B * in.Hkv));
+  return dispatch(in.type, [&](auto element) {
+    return launch(rerotate_kernel<decltype(element)>, grid, kThreads,
+                  static_cast<int>(2 * in.half * 4), stream, in);
+  });
+}
+
+}  // namespace branchwise::cuda
