@@ -121,21 +121,29 @@ def main() -> None:
     )
     model = MaskedDiffusionLM(config).to(args.device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.05)
+    # Muon takes less than half the steps of AdamW to the same loss; it is for matrices only.
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.05),
+    ]
 
     begun, step, mean = time.time(), 0, 0.0
     while (done := (time.time() - begun) / (60 * args.minutes)) < 1:
         rate = args.rate * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         at = torch.randint(len(stream) - args.length, (args.batch,))
         tokens = torch.stack([stream[i : i + args.length] for i in at]).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             loss = loss_of(model, tokens, blocks=step % 3 != 0, block_size=config.block_size)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         mean += (float(loss.detach()) - mean) / min(step + 1, 100)
         if step % 100 == 0:
             print(f"{(time.time() - begun) / 60:5.1f} min  step {step}  loss {mean:.3f}", flush=True)

@@ -172,9 +172,11 @@ __global__ void __launch_bounds__(kThreads)
 // A warp per unit, lanes along the head dim.
 template <typename Element>
 __global__ void summary_kernel(const __grid_constant__ SummaryLaunch in) {
+  constexpr int kWarps = kThreads / kWarp;
   const int lane = threadIdx.x % kWarp;
-  const int64_t n = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t h = blockIdx.y % in.Hkv, b = blockIdx.y / in.Hkv, D = in.keys.D;
+  const int64_t chunks = (in.N + kWarps - 1) / kWarps, head = blockIdx.x / chunks;
+  const int64_t n = blockIdx.x % chunks * kWarps + threadIdx.x / kWarp;
+  const int64_t h = head % in.Hkv, b = head / in.Hkv, D = in.keys.D;
   const int64_t begin = length_of(in.begin, b, h), end = length_of(in.end, b, h);
   if (begin >= end || begin < 0 || n >= in.N) return;
   int64_t low, high;
@@ -240,8 +242,7 @@ int row_lse(const ScoreLaunch& in, float* lse, void* stream) {
 int page_summaries(const SummaryLaunch& in, void* stream) {
   if (in.B * in.Hkv * in.N == 0) return 0;
   const int64_t of_block = kThreads / kWarp;
-  const Grid grid(static_cast<unsigned>((in.N + of_block - 1) / of_block),
-                  static_cast<unsigned>(in.B * in.Hkv));
+  const Grid grid(static_cast<unsigned>((in.N + of_block - 1) / of_block * in.B * in.Hkv));
   return dispatch(in.type, [&](auto element) {
     return launch(summary_kernel<decltype(element)>, grid, kThreads, 0, stream, in);
   });

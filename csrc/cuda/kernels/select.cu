@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads) evict_kernel(const __grid_constant__
   const int64_t count = min(int64_t{in.counts[list_at]}, in.K);
   const int64_t units = cache.D * cache.element_bytes / static_cast<int64_t>(sizeof(Unit));
   for (int64_t begin = 0; begin < count * units; begin += kThreads * kTogether) {
-    Unit values[kTogether];
+    Unit values[kTogether] = {};  // or the compiler keeps 16-bit ones on the stack
     Unit* targets[kTogether];
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
@@ -152,8 +152,9 @@ constexpr int kSlots = 64;  // per block
 template <typename Element>
 __global__ void __launch_bounds__(kThreads)
     rerotate_kernel(const __grid_constant__ RerotateLaunch in) {
-  const int64_t h = blockIdx.y % in.Hkv, b = blockIdx.y / in.Hkv;
-  const int64_t begin = length_of(in.begin, b, h) + int64_t{blockIdx.x} * kSlots;
+  const int64_t chunks = (in.most + kSlots - 1) / kSlots, head = blockIdx.x / chunks;
+  const int64_t h = head % in.Hkv, b = head / in.Hkv;
+  const int64_t begin = length_of(in.begin, b, h) + blockIdx.x % chunks * kSlots;
   const int64_t end = min(length_of(in.end, b, h), begin + kSlots);
   if (in.shift[b] == 0 || begin >= end) return;
   float* cos_of = reinterpret_cast<float*>(shared_memory());
@@ -194,8 +195,7 @@ int evict_kv(const EvictLaunch& in, void* stream) {
 
 int rerotate_keys(const RerotateLaunch& in, void* stream) {
   if (in.B * in.Hkv * in.most * in.half == 0) return 0;
-  const Grid grid(static_cast<unsigned>((in.most + kSlots - 1) / kSlots),
-                  static_cast<unsigned>(in.B * in.Hkv));
+  const Grid grid(static_cast<unsigned>((in.most + kSlots - 1) / kSlots * in.B * in.Hkv));
   return dispatch(in.type, [&](auto element) {
     return launch(rerotate_kernel<decltype(element)>, grid, kThreads,
                   static_cast<int>(2 * in.half * 4), stream, in);
