@@ -2,6 +2,9 @@
 
 One module per family holds, side by side, the typed wrapper, the fake kernel and the slow exact
 reference that the tests use as oracle.
+
+On CUDA tensors, values of lengths, pages, lists and trees are not checked, as that would wait for the device: what
+points outside a tensor is left out instead (docs/cuda.md, which also lists the ops that have a CUDA kernel).
 """
 
 from ._load import CUDA_LOADED, ISA_LEVELS, LIBRARY_DIR, cpu_isa, set_cpu_isa
