@@ -115,6 +115,17 @@ void check_window(const char* op, const AttentionCall& call, int64_t window) {
            window);
 }
 
+AttentionCall check_cascade(const char* op, const AttentionInputs& in, int64_t window) {
+  BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
+  check_dim(op, "page_table", *in.page_table, 2, "[B, N]");
+  check_dim(op, "seq_lens", in.seq_lens, 1, "[B]");
+  AttentionCall call = check_attention(op, in);
+  BW_CHECK(kCascadeChunk % call.shape.page_size == 0, op,
+           ": the page size, key_cache.size(2) = ", call.shape.page_size, ", must divide ",
+           kCascadeChunk);
+  return call;
+}
+
 Lists check_list_shapes(const char* op, const AttentionCall& call,
                         const std::optional<Tensor>& indices, const std::optional<Tensor>& counts,
                         int64_t unit, const std::optional<Tensor>& segments, bool has_ranges) {

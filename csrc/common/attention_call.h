@@ -30,6 +30,9 @@ struct AttentionCall {
 };
 
 AttentionCall check_attention(const char* op, const AttentionInputs& in);
+// Of cascade_attention: pages that rows have in common.
+constexpr int64_t kCascadeChunk = 256;  // slots that are shared or not together
+AttentionCall check_cascade(const char* op, const AttentionInputs& in, int64_t window);
 void check_window(const char* op, const AttentionCall& call, int64_t window);
 
 // Those of sparse_attention; the lists' values, and the segments that they may be of, are still to

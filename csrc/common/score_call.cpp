@@ -126,6 +126,22 @@ void check_select_pages(const char* op, const Tensor& scores, const Tensor& num_
   BW_CHECK(num_sinks >= 0, op, ": num_sinks must not be negative, got ", num_sinks);
 }
 
+void check_select_slots(const char* op, const Tensor& scores, const Tensor& segment_offsets,
+                        const Tensor& num_segments, int64_t budget) {
+  check_dim(op, "scores", scores, 4, "[B, L, Hs, S]");
+  check_dtype(op, "scores", scores, ScalarType::Float);
+  check_contiguous(op, "scores", scores);
+  const int64_t B = scores.size(0), H = scores.size(2), S = scores.size(3);
+  BW_CHECK(budget >= 0, op, ": budget must not be negative, got ", budget);
+  check_dim(op, "segment_offsets", segment_offsets, 3, "[B, Hs, S + 1]");
+  check_size(op, "segment_offsets", segment_offsets, 0, B, "B");
+  check_size(op, "segment_offsets", segment_offsets, 1, H, "Hs");
+  check_size(op, "segment_offsets", segment_offsets, 2, S + 1, "S + 1");
+  check_dtype(op, "segment_offsets", segment_offsets, ScalarType::Int);
+  check_contiguous(op, "segment_offsets", segment_offsets);
+  check_nodes(op, "num_segments", num_segments, B, scores.size(1), ScalarType::Int);
+}
+
 CacheShape check_evict(const char* op, const Tensor& key_cache, const Tensor& value_cache,
                        const Tensor& keep, const Tensor& counts,
                        const std::optional<Tensor>& page_table) {

@@ -38,6 +38,9 @@ MassCall check_attention_mass(const char* op, const Tensor& query, const Tensor&
 void check_select_pages(const char* op, const Tensor& scores, const Tensor& num_pages,
                         const Tensor& num_scored, const Tensor& budgets, int64_t num_sinks);
 
+void check_select_slots(const char* op, const Tensor& scores, const Tensor& segment_offsets,
+                        const Tensor& num_segments, int64_t budget);
+
 CacheShape check_evict(const char* op, const Tensor& key_cache, const Tensor& value_cache,
                        const Tensor& keep, const Tensor& counts,
                        const std::optional<Tensor>& page_table);

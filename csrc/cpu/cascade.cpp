@@ -22,7 +22,7 @@
 namespace branchwise {
 namespace {
 
-constexpr int64_t kChunk = 4 * kKeyTile;          // slots
+constexpr int64_t kChunk = kCascadeChunk;
 constexpr int64_t kMaxSharedRows = 12 * kRowPad;  // packed rows per unit: more would starve threads
 
 // Batch rows that read one chunk of slots from the same pages.
@@ -67,14 +67,11 @@ std::tuple<Tensor, Tensor> cascade_attention(Tensor query, Tensor key_cache, Ten
                                              std::optional<double> scale, int64_t window,
                                              std::optional<Tensor> sinks, double softcap) {
   const char* op = "cascade_attention";
-  BW_CHECK(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
-  check_dim(op, "page_table", page_table, 2, "[B, N]");
-  check_dim(op, "seq_lens", seq_lens, 1, "[B]");
-  AttentionCall call = check_attention(op, {query, key_cache, value_cache, seq_lens, tree_mask,
-                                            page_table, scale, sinks, softcap, window > 0});
+  AttentionCall call = check_cascade(op,
+                                     {query, key_cache, value_cache, seq_lens, tree_mask,
+                                      page_table, scale, sinks, softcap, window > 0},
+                                     window);
   AttentionArgs& args = call.args;
-  BW_CHECK(kChunk % call.shape.page_size == 0, op,
-           ": the page size, key_cache.size(2) = ", call.shape.page_size, ", must divide ", kChunk);
   check_all_pages(op, args.key_layout, call.shape, call.lens, call.B, args.N);
   const int64_t B = call.B, Hq = args.Hq, Hkv = args.Hkv, T = args.T, N = args.N, D = args.D;
   Tensor out = empty<4>({B, Hq, T, D}, query.scalar_type());

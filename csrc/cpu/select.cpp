@@ -123,17 +123,8 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor 
 std::tuple<Tensor, Tensor> select_slots(Tensor scores, Tensor segment_offsets, Tensor num_segments,
                                         int64_t budget) {
   const char* op = "select_slots";
-  check_dim(op, "scores", scores, 4, "[B, L, Hs, S]");
-  check_dtype(op, "scores", scores, ScalarType::Float);
-  check_contiguous(op, "scores", scores);
+  check_select_slots(op, scores, segment_offsets, num_segments, budget);
   const int64_t B = scores.size(0), L = scores.size(1), H = scores.size(2), S = scores.size(3);
-  BW_CHECK(budget >= 0, op, ": budget must not be negative, got ", budget);
-  check_dim(op, "segment_offsets", segment_offsets, 3, "[B, Hs, S + 1]");
-  check_size(op, "segment_offsets", segment_offsets, 0, B, "B");
-  check_size(op, "segment_offsets", segment_offsets, 1, H, "Hs");
-  check_size(op, "segment_offsets", segment_offsets, 2, S + 1, "S + 1");
-  check_dtype(op, "segment_offsets", segment_offsets, ScalarType::Int);
-  check_contiguous(op, "segment_offsets", segment_offsets);
   const int32_t* offsets = static_cast<const int32_t*>(segment_offsets.const_data_ptr());
   const int32_t* segments = check_limits(op, "num_segments", num_segments, B, L, S);
   int64_t width = 1;

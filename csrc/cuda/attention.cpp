@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "common/attention_call.h"
@@ -87,6 +88,30 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor key_cache, T
   return run(op, launch, call, in, device, call.shape.capacity);
 }
 
+// Rows read what they share one by one, from the L2 cache if they are lucky: their results are the
+// same as those of rows alone, as cascade_attention's must be.
+std::tuple<Tensor, Tensor> cascade_attention_cuda(Tensor query, Tensor key_cache,
+                                                  Tensor value_cache, Tensor seq_lens,
+                                                  Tensor page_table,
+                                                  std::optional<Tensor> tree_mask,
+                                                  std::optional<double> scale, int64_t window,
+                                                  std::optional<Tensor> sinks, double softcap) {
+  const char* op = "cascade_attention";
+  const OnDevice device(op, query,
+                        {{"key_cache", &key_cache},
+                         {"value_cache", &value_cache},
+                         {"seq_lens", &seq_lens},
+                         {"page_table", &page_table},
+                         {"tree_mask", if_given(tree_mask)},
+                         {"sinks", if_given(sinks)}});
+  const AttentionInputs in{query,      key_cache, value_cache, seq_lens, tree_mask,
+                           page_table, scale,     sinks,       softcap,  window > 0};
+  const AttentionCall call = check_cascade(op, in, window);
+  cuda::AttentionLaunch launch{};
+  launch.window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX));
+  return run(op, launch, call, in, device, call.shape.capacity);
+}
+
 std::tuple<Tensor, Tensor> sparse_attention_cuda(
     Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
     std::optional<Tensor> indices, std::optional<Tensor> counts, int64_t unit,
@@ -140,6 +165,7 @@ std::tuple<Tensor, Tensor> merge_attention_cuda(Tensor out_a, Tensor lse_a, Tens
 
 BW_CUDA_LIBRARY(m) {
   m.impl("tree_attention", TORCH_BOX(&branchwise::tree_attention_cuda));
+  m.impl("cascade_attention", TORCH_BOX(&branchwise::cascade_attention_cuda));
   m.impl("sparse_attention", TORCH_BOX(&branchwise::sparse_attention_cuda));
   m.impl("merge_attention", TORCH_BOX(&branchwise::merge_attention_cuda));
 }

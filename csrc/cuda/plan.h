@@ -8,6 +8,8 @@
 
 namespace branchwise::cuda {
 
+// Of shared memory, that a block can have on every device from sm_80 on.
+constexpr int64_t kMostSharedBytes = 160 * 1024;
 constexpr int kTile = 64;  // places that a block handles together
 
 struct AttentionPlan {

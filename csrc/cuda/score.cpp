@@ -10,6 +10,7 @@
 
 #include "common/score_call.h"
 #include "cuda/cache_ref.h"
+#include "cuda/plan.h"
 #include "cuda/stream.h"
 
 namespace branchwise {
@@ -136,6 +137,28 @@ std::tuple<Tensor, Tensor> select_pages_cuda(Tensor scores, Tensor num_pages, Te
   return {indices, counts};
 }
 
+std::tuple<Tensor, Tensor> select_slots_cuda(Tensor scores, Tensor segment_offsets,
+                                             Tensor num_segments, int64_t budget) {
+  const char* op = "select_slots";
+  const OnDevice device(op, scores,
+                        {{"segment_offsets", &segment_offsets}, {"num_segments", &num_segments}});
+  check_select_slots(op, scores, segment_offsets, num_segments, budget);
+  const int64_t B = scores.size(0), L = scores.size(1), H = scores.size(2), S = scores.size(3);
+  const int64_t width = budget > 1 ? budget : 1;
+  BW_CHECK(budget <= INT32_MAX, op, ": budget must be at most 2^31 - 1, got ", budget);
+  BW_CHECK(cuda::select_slots_bytes(S) <= cuda::kMostSharedBytes, op, ": S = ", S,
+           " segments need ", cuda::select_slots_bytes(S),
+           " bytes of a block's shared memory on CUDA, and there are ", cuda::kMostSharedBytes);
+  Tensor indices = torch::stable::new_empty(scores, {B, L, H, width}, ScalarType::Int);
+  Tensor counts = torch::stable::new_empty(scores, {B, L, H}, ScalarType::Int);
+  check_launch(op,
+               cuda::select_slots({data<const float>(scores), data<const int32_t>(segment_offsets),
+                                   data<const int32_t>(num_segments), B, L, H, S, budget, width,
+                                   data<int32_t>(indices), data<int32_t>(counts)},
+                                  device.stream()));
+  return {indices, counts};
+}
+
 void evict_kv_cuda(Tensor key_cache, Tensor value_cache, Tensor keep, Tensor counts,
                    std::optional<Tensor> page_table) {
   const char* op = "evict_kv";
@@ -184,6 +207,7 @@ BW_CUDA_LIBRARY(m) {
   m.impl("score_pages", TORCH_BOX(&branchwise::score_pages_cuda));
   m.impl("attention_mass", TORCH_BOX(&branchwise::attention_mass_cuda));
   m.impl("select_pages", TORCH_BOX(&branchwise::select_pages_cuda));
+  m.impl("select_slots", TORCH_BOX(&branchwise::select_slots_cuda));
   m.impl("evict_kv", TORCH_BOX(&branchwise::evict_kv_cuda));
   m.impl("rerotate_keys", TORCH_BOX(&branchwise::rerotate_keys_cuda));
 }

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/verify_call.h"
+#include "cuda/plan.h"
 #include "cuda/stream.h"
 
 namespace branchwise {

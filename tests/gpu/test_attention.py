@@ -46,6 +46,18 @@ def test_tree_attention(case, dtype, device):
     close(device.tree_attention(*inputs.args, **inputs.options), tree_attention_reference, inputs)
 
 
+@pytest.mark.parametrize("case", [case for case in attention_cases.CASES if case.page_size in (1, 16)], ids=str)
+def test_cascade_attention(case, device):
+    inputs = attention_cases.make(case, torch.bfloat16)
+    query, key, value, seq_lens, mask = inputs.args
+    options = dict(inputs.options)
+    close(
+        device.cascade_attention(query, key, value, seq_lens, options.pop("page_table"), mask, **options),
+        tree_attention_reference,
+        inputs,
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("sparse", sparse_cases.CASES, ids=str)
 def test_sparse_attention(sparse, dtype, device):

@@ -17,6 +17,7 @@ from test_ops_scores import (
     test_rerotate_keys,  # noqa: F401
     test_segment_means,  # noqa: F401
     test_select_pages,  # noqa: F401
+    test_select_slots,  # noqa: F401
     test_summaries_of_appends_and_roll_backs_equal_those_made_at_once,  # noqa: F401
 )
 

@@ -53,6 +53,18 @@ struct SelectLaunch {
 };
 int select_pages(const SelectLaunch& launch, void* stream);
 
+// Ascending slots of the best segments, up to `budget` of them.
+struct SelectSlotsLaunch {
+  const float* scores;                    // [B, L, H, S]
+  const int32_t *offsets, *num_segments;  // [B, H, S + 1], [B, L]
+  int64_t B, L, H, S, budget, width;
+  int32_t* indices;  // [B, L, H, width]
+  int32_t* counts;   // [B, L, H]
+};
+// Bytes of shared memory that S segments need.
+constexpr int64_t select_slots_bytes(int64_t S) { return 8 * S + 16; }
+int select_slots(const SelectSlotsLaunch& launch, void* stream);
+
 // Moves kept slots to the front of both caches.
 struct EvictLaunch {
   CacheRef caches[2];

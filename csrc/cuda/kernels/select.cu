@@ -114,6 +114,70 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   if (threadIdx.x == 0) in.counts[list] = static_cast<int32_t>(length);
 }
 
+// The sum of what the lanes before this one hold, and of all.
+__device__ int64_t sum_before(int64_t own, int64_t* all) {
+  int64_t before = 0;
+  *all = 0;
+  for (int l = 0; l < kWarp; ++l) {
+    const int64_t other = shuffle(own, l);
+    if (l < static_cast<int>(threadIdx.x % kWarp)) before += other;
+    *all += other;
+  }
+  return before;
+}
+
+// A block per list: every segment's rank, then slots given out in that order, then the slots.
+__global__ void __launch_bounds__(kThreads)
+    select_slots_kernel(const __grid_constant__ SelectSlotsLaunch in) {
+  const int64_t list = blockIdx.x, h = list % in.H, row = list / in.H, b = row / in.L;
+  const int32_t count = in.num_segments[row];
+  const int32_t segments = count < 0 ? 0 : count < in.S ? count : static_cast<int32_t>(in.S);
+  const float* scores = in.scores + list * in.S;
+  const int32_t* offsets = in.offsets + (b * in.H + h) * (in.S + 1);
+  int32_t* order = reinterpret_cast<int32_t*>(shared_memory());  // by rank; later, first entry
+  int32_t* taken = order + in.S;                                 // slots of each segment
+  int32_t* out = in.indices + list * in.width;
+  for (int32_t n = threadIdx.x; n < segments; n += kThreads) {
+    const uint32_t key = key_of(scores[n]);
+    int32_t rank = 0;
+    for (int32_t m = 0; m < segments; ++m) {
+      const uint32_t other = key_of(scores[m]);
+      rank += other > key || (other == key && m < n) ? 1 : 0;
+    }
+    order[rank] = n;
+  }
+  sync_block();
+  int64_t total = 0;
+  if (threadIdx.x < kWarp) {
+    const int lane = threadIdx.x;
+    int64_t given = 0;
+    for (int32_t begin = 0; begin < segments; begin += kWarp) {
+      const int32_t n = begin + lane < segments ? order[begin + lane] : -1;
+      const int64_t size =
+          n >= 0 && scores[n] > -INFINITY ? int64_t{offsets[n + 1]} - offsets[n] : 0;
+      int64_t all;
+      const int64_t before = given + sum_before(size > 0 ? size : 0, &all);
+      const int64_t left = in.budget - before;
+      if (n >= 0) taken[n] = static_cast<int32_t>(size <= 0 || left <= 0 ? 0 : min(size, left));
+      given += all;
+    }
+    sync_warp();
+    for (int32_t begin = 0; begin < segments; begin += kWarp) {
+      const int32_t n = begin + lane;
+      int64_t all;
+      const int64_t before = total + sum_before(n < segments ? taken[n] : 0, &all);
+      if (n < segments) order[n] = static_cast<int32_t>(before);
+      total += all;
+    }
+    if (lane == 0) in.counts[list] = static_cast<int32_t>(total);
+    for (int64_t i = total + lane; i < in.width; i += kWarp) out[i] = -1;
+  }
+  sync_block();
+  for (int32_t n = threadIdx.x / kWarp; n < segments; n += kWarps)
+    for (int32_t i = threadIdx.x % kWarp; i < taken[n]; i += kWarp)
+      out[order[n] + i] = offsets[n] + i;
+}
+
 // A block per cache, row and head. Slots move a few kilobytes at a time, all of them read before
 // any is written; what is read later lies behind everything written so far.
 template <typename Unit>
@@ -182,6 +246,12 @@ int select_pages(const SelectLaunch& in, void* stream) {
   if (in.rows * in.H == 0) return 0;
   return launch(select_kernel, Grid(static_cast<unsigned>(in.rows * in.H)), kThreads,
                 static_cast<int>(sizeof(SelectShared)), stream, in);
+}
+
+int select_slots(const SelectSlotsLaunch& in, void* stream) {
+  if (in.B * in.L * in.H == 0) return 0;
+  return launch(select_slots_kernel, Grid(static_cast<unsigned>(in.B * in.L * in.H)), kThreads,
+                static_cast<int>(select_slots_bytes(in.S)), stream, in);
 }
 
 int evict_kv(const EvictLaunch& in, void* stream) {

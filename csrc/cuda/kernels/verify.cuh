@@ -20,9 +20,8 @@ struct VerifyLaunch {
   int64_t* bonus;         // [B]
 };
 
-// Bytes of shared memory that trees of T nodes need, and the most there are.
+// Bytes of shared memory that trees of T nodes need.
 int64_t verify_shared_bytes(Rule rule, int64_t T);
-constexpr int64_t kMostSharedBytes = 160 * 1024;
 
 // Links that lead nowhere end a walk, tokens outside the vocabulary are never accepted. A row whose
 // logits are no distribution (NaN, +inf, nothing above -inf) accepts nothing and has the bonus -1.
