@@ -1,6 +1,6 @@
 """The CUDA ops on a GPU: builds, checks and times them in one command, against torch's attention and the roofline.
 
-    python bench/gpu.py --build --check            # about ten minutes on an H200 with 16 cores
+    python bench/gpu.py --build --check
     python bench/gpu.py --out results --cases 0 1  # two cases again
 
 Method: every call is captured in a CUDA graph with ROUNDS calls, each on the next of several input sets that together

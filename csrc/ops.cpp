@@ -4,10 +4,6 @@
 
 #if defined(BW_EMULATE)
 STABLE_TORCH_LIBRARY(branchwise_emulated, m) {
-  m.def(
-      "plan_attention(int Hkv, int G, int T, int D, int most_places, bool per_token, bool aligned) "
-      "-> int[]");
-  m.def("run_fault(int kind, bool planted) -> int");
 #else
 STABLE_TORCH_LIBRARY(branchwise, m) {
 #endif

@@ -58,7 +58,7 @@ Tensor commit_kv_cuda(std::vector<Tensor> caches, Tensor accepted, Tensor num_ac
                         {{"num_accepted", &num_accepted},
                          {"seq_lens", &seq_lens},
                          {"page_table", if_given(page_table)}});
-  for (const Tensor& cache : caches) OnDevice(op, accepted, {{"caches", &cache}});
+  for (const Tensor& cache : caches) common_device(op, accepted, {{"caches", &cache}});
   const CommitCall call = check_commit(op, caches, accepted, num_accepted, seq_lens, page_table);
   Tensor after = torch::stable::new_empty(seq_lens, seq_lens.sizes());
   cuda::CommitLaunch launch{};

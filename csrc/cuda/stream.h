@@ -26,20 +26,30 @@ struct NamedTensor {
   const Tensor* tensor;  // null: not given
 };
 
-// Makes the device of `first` the current one while it lives; the other tensors must be there, too.
+// The device of `first`, where the other tensors must be, too.
+inline int32_t common_device(const char* op, const Tensor& first,
+                             std::initializer_list<NamedTensor> others) {
+  const int32_t device = first.get_device_index();
+#if !defined(BW_EMULATE)
+  BW_CHECK(device >= 0, op, ": the first argument must be on the GPU, as others are, got the CPU");
+#endif
+  for (const auto& [name, tensor] : others)
+    BW_CHECK(tensor == nullptr || tensor->get_device_index() == device, op, ": ", name,
+             " must be on device ", device, ", as the first argument is, got ",
+             tensor->get_device_index(), " (-1: CPU)");
+  return device;
+}
+
+// Makes that device the current one while it lives.
 class OnDevice {
  public:
   OnDevice(const char* op, const Tensor& first, std::initializer_list<NamedTensor> others)
-      : device_(first.get_device_index())
+      : device_(common_device(op, first, others))
 #if !defined(BW_EMULATE)
         ,
         guard_(device_)
 #endif
   {
-    for (const auto& [name, tensor] : others)
-      BW_CHECK(tensor == nullptr || tensor->get_device_index() == device_, op, ": ", name,
-               " must be on device ", device_, ", as the first argument is, got ",
-               tensor->get_device_index(), " (-1: CPU)");
   }
 
   void* stream() const {

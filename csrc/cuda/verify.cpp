@@ -78,7 +78,8 @@ Verdicts verify_sample_cuda(Tensor tokens, Tensor next_token, Tensor next_siblin
              rules[rule], launch);
 }
 
-// On a chain, draws with and without replacement are the same, and the walks take the first child.
+// A tree in place of a chain is not noticed here: its siblings then count as drawn with
+// replacement.
 Verdicts verify_chain_cuda(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
                            Tensor draft, Tensor draft_index, Tensor uniforms, double temperature,
                            std::optional<Tensor> ready) {

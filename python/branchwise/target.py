@@ -83,7 +83,8 @@ class Target:
     def decide(
         self, tree: TokenTree, verify: Callable[[Tensor, float, Tensor | None], Verdict], read_ahead: bool
     ) -> Verdict:
-        """Calls ``verify(scores, temperature, ready)`` until every row has the nodes that it asks for.
+        """Calls ``verify(scores, temperature, ready)`` until every row has the nodes that it asks for. Logits that are
+        no distribution are a RuntimeError.
 
         ``read_ahead``: what is below a wanted node is wanted, too: first children only, and no leaves.
         """
@@ -91,6 +92,12 @@ class Target:
             accepted, count, bonus = verify(self.scores, self.temperature, self.ready)
             verdict = accepted.cpu(), count.cpu(), bonus.cpu()
             rows = torch.nonzero(verdict[1] == 0).flatten().tolist()
+            broken = [row for row in rows if verdict[2][row] < 0]
+            if broken:  # what the CPU's ops refuse by themselves
+                raise RuntimeError(
+                    f"logits of row {broken[0]} must hold something above -inf, and neither NaN nor +inf, at every "
+                    "node that is looked at"
+                )
             if self.ready is None or not rows:
                 return verdict
             wanted = []

@@ -20,7 +20,7 @@ class Counted:
         return getattr(self.ops, name)
 
 
-def speculate(model, device, name, sampled, **options):
+def speculate(model, device, sampled, **options):
     """Plain text, and that of tree speculation with random trees that often contain it."""
     ids, mask = tiny.prompts(3, 7)
     options = {"max_new_tokens": 12, "do_sample": sampled, "attention_mask": mask, **options}
@@ -38,8 +38,8 @@ def speculate(model, device, name, sampled, **options):
                 moved = {**options, "attention_mask": mask.cuda()}
                 ours = model.cuda().generate(ids.cuda(), custom_generate=spec, **moved)
             assert ours.is_cuda
-            model.cpu()
     finally:
+        model.cpu()
         device.ops = counted.ops
     assert {"tree_attention", "append_kv", "commit_kv", "verify_sample" if sampled else "verify_greedy"} <= counted.seen
     assert spec.stats.accepted > 0
@@ -49,13 +49,29 @@ def speculate(model, device, name, sampled, **options):
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
 def test_tree_speculation_equals_plain_generate(name, sampled, device):
-    plain, ours = speculate(tiny.model(name), device, name, sampled)
+    plain, ours = speculate(tiny.model(name), device, sampled)
     assert torch.equal(plain, ours)
 
 
 def test_processors_that_look_at_texts(device):
-    plain, ours = speculate(tiny.model("llama"), device, "llama", True, repetition_penalty=1.3, top_k=20)
+    plain, ours = speculate(tiny.model("llama"), device, True, repetition_penalty=1.3, top_k=20)
     assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}], ids=str)
+def test_logits_that_are_no_distribution_are_an_exception(options, device):
+    """The ops mark such rows, as they cannot throw; a token -1 must not get out, nor the loop wait for it forever."""
+    model = tiny.model("llama")
+    hook = model.lm_head.register_forward_hook(lambda *args: torch.full_like(args[2], torch.nan))
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    try:
+        with device.active(), pytest.raises(RuntimeError, match="neither NaN nor"):
+            on = model if device.emulated else model.cuda()
+            spec = bw.TreeSpeculation("none")
+            on.generate(ids.to(on.device), custom_generate=spec, max_new_tokens=3, do_sample=True, **options)
+    finally:
+        hook.remove()
+        model.cpu()
 
 
 def test_what_runs_on_the_cpu_only_says_so():

@@ -21,6 +21,13 @@ std::vector<int64_t> plan_attention_op(int64_t Hkv, int64_t G, int64_t T, int64_
 
 }  // namespace branchwise
 
+STABLE_TORCH_LIBRARY_FRAGMENT(branchwise_emulated, m) {
+  m.def(
+      "plan_attention(int Hkv, int G, int T, int D, int most_places, bool per_token, bool aligned) "
+      "-> int[]");
+  m.def("run_fault(int kind, bool planted) -> int");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(branchwise_emulated, CompositeExplicitAutograd, m) {
   m.impl("plan_attention", TORCH_BOX(&branchwise::plan_attention_op));
   m.impl("run_fault", TORCH_BOX(&branchwise::cuda::run_fault));

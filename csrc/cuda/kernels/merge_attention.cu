@@ -42,6 +42,4 @@ int merge_attention(DType type, const void* out_a, const float* lse_a, const voi
   });
 }
 
-const char* error_string(int code) { return describe_error(code); }
-
 }  // namespace branchwise::cuda

@@ -284,8 +284,8 @@ class TreeRun:
         self.rows = [self.rows[i] for i in kept]
         self.finished = [False] * len(kept)
 
-    def result(self, device: torch.device | None = None) -> Tensor | TreeSpeculationOutput:
-        """What ``generate`` returns, on a device or, None, where it is."""
+    def result(self, device: torch.device) -> Tensor | TreeSpeculationOutput:
+        """What ``generate`` returns, on the caller's device."""
         pad = getattr(self.config, "_pad_token_tensor", None)
         texts = [text[0, :length] for text, length in zip(self.texts, self.lengths, strict=True)]
         sequences = pad_and_stack(texts, 0 if pad is None else int(pad.flatten()[0])).to(device)
