@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import ops
+from .noise import Noise, Purpose
 from .ops.verify import PolicyName, SampleRule, Verdict
 from .target import Processor, Target, keeps_no_state
-from .tree import DrawKind, TokenTree
+from .tree import DrawKind, Links, TokenTree
 
 _ALL = frozenset(DrawKind)
 _DRAWN = frozenset({DrawKind.WITH_REPLACEMENT, DrawKind.WITHOUT_REPLACEMENT})
@@ -43,7 +44,7 @@ class Accepted:
 
 
 # (tree, uniforms, scores, temperature, ready) -> accepted, num_accepted, bonus
-_Verify = Callable[[TokenTree, Tensor, Tensor, float, Tensor | None], Verdict]
+_Verify = Callable[[Links, Tensor, Tensor, float, Tensor | None], Verdict]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Rule:
     def __call__(self, tree: TokenTree, target: Target, uniforms: Tensor) -> Accepted:
         """``uniforms``: f32[B, T, 2], see :mod:`branchwise.ops.verify`."""
         device = target.logits.device
-        there, noise = tree.verified_on(device), uniforms.to(device)
+        there, noise = tree.links(device), uniforms.to(device)
         verdict = target.decide(
             tree,
             lambda scores, temperature, ready: self.verify(there, noise, scores, temperature, ready),
@@ -76,19 +77,27 @@ class Rule:
         )
         return Accepted(*verdict)
 
+    def uniforms(self, noise: Noise, lengths: Tensor, depths: Tensor) -> Tensor:
+        """The noise f32[B, T, 2] of a round.
 
-def _links(tree: TokenTree) -> tuple[Tensor, Tensor, Tensor]:
-    return tree.tokens, tree.next_token, tree.next_sibling
+        Args:
+            noise: of the rows.
+            lengths: i64[B], tokens of each text up to and including the root.
+            depths: i64[B, T], levels below the root.
+        """
+        if self.by_position:
+            return noise.at_positions(lengths[:, None] + depths)
+        return noise.at_nodes(lengths, depths.shape[1], Purpose.VERIFY)
 
 
-def _greedy(tree: TokenTree, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
-    return ops.verify_greedy(*_links(tree), scores, ready=ready)
+def _greedy(tree: Links, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
+    return ops.verify_greedy(*tree.walk, scores, ready=ready)
 
 
 def _sample(rule: SampleRule, single: float = 1.0, accumulated: float = 1.0) -> _Verify:
-    def verify(tree: TokenTree, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
+    def verify(tree: Links, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
         return ops.verify_sample(
-            *_links(tree),
+            *tree.walk,
             scores,
             u,
             rule,
@@ -102,11 +111,11 @@ def _sample(rule: SampleRule, single: float = 1.0, accumulated: float = 1.0) -> 
 
 
 def _against_draft(op: Callable[..., Verdict], says_replacement: bool) -> _Verify:
-    def verify(tree: TokenTree, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
+    def verify(tree: Links, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
         if tree.draft is None:  # nothing was drafted in any row: a root alone
-            return ops.verify_sample(*_links(tree), scores, u, temperature=temperature, ready=ready)
+            return ops.verify_sample(*tree.walk, scores, u, temperature=temperature, ready=ready)
         how = (tree.draws is DrawKind.WITH_REPLACEMENT,) if says_replacement else ()
-        return op(*_links(tree), scores, tree.draft, tree.draft_index, u, *how, temperature=temperature, ready=ready)
+        return op(*tree.walk, scores, tree.draft, tree.draft_index, u, *how, temperature=temperature, ready=ready)
 
     return verify
 
@@ -132,9 +141,9 @@ TRAVERSAL = Rule("traversal", True, _DRAWN, _against_draft(ops.verify_traversal,
 def typical_lossy(epsilon: float = 0.09, alpha: float = 0.3) -> Rule:
     """Rule I, typical acceptance, **lossy**: see :func:`branchwise.ops.verify_typical`."""
 
-    def verify(tree: TokenTree, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
+    def verify(tree: Links, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
         return ops.verify_typical(
-            *_links(tree), scores, u, epsilon=epsilon, alpha=alpha, temperature=temperature, ready=ready
+            *tree.walk, scores, u, epsilon=epsilon, alpha=alpha, temperature=temperature, ready=ready
         )
 
     return Rule("typical_lossy", False, _ALL, verify, path_only=False)
@@ -150,9 +159,9 @@ def policy_lossy(
 ) -> Rule:
     """A cascade's test, **lossy**: see :func:`branchwise.ops.verify_policy`."""
 
-    def verify(tree: TokenTree, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
+    def verify(tree: Links, u: Tensor, scores: Tensor, temperature: float, ready: Tensor | None) -> Verdict:
         return ops.verify_policy(
-            *_links(tree),
+            *tree.walk,
             scores,
             u,
             policy,

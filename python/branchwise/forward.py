@@ -38,7 +38,7 @@ class StoredModel:
         self.model, self.store, self.kv = model, store, kv
         self.forwards = 0
         self.hidden_states: Tensor | None = None
-        self._keep_hidden = keep_hidden
+        self.keep_hidden = keep_hidden
 
     def extend(self, rows: Sequence[Tensor], after_chunk: Callable[[Tensor], None] | None = None) -> Tensor:
         """Appends text, ragged, and commits it.
@@ -120,7 +120,7 @@ class StoredModel:
         options: dict[str, Any] = {}
         if wanted is not None and self.model._supports_logits_to_keep():
             options["logits_to_keep"] = torch.tensor(wanted)
-        hook = self.model.base_model.register_forward_hook(self._note_hidden) if self._keep_hidden else None
+        hook = self.model.base_model.register_forward_hook(self._note_hidden) if self.keep_hidden else None
         try:
             logits = self.model(
                 input_ids=tokens if embeddings is None else None,

@@ -63,14 +63,23 @@ class Noise:
     @classmethod
     def numbered(cls, seed: int, prompt: Tensor, numbers: Sequence[int]) -> Noise:
         """Of texts that continue one prompt i64[n]: text i draws as row ``numbers[i]`` of many equal prompts."""
-        noise = cls([], [])
-        noise._keys = torch.full((len(numbers),), _key(seed, prompt.numpy()))
-        noise._rows = torch.tensor(list(numbers))
+        return cls.of(torch.full((len(numbers),), _key(seed, prompt.numpy())), torch.tensor(list(numbers)))
+
+    @classmethod
+    def of(cls, keys: Tensor, numbers: Tensor) -> Noise:
+        """Of rows with such :attr:`keys`; the noise is computed where they are."""
+        noise = cls.__new__(cls)
+        noise._keys, noise._rows = keys, numbers
         return noise
 
     def keep(self, rows: Sequence[int]) -> None:
         """The other rows have finished."""
         self._keys, self._rows = self._keys[list(rows)], self._rows[list(rows)]
+
+    @property
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """i64[B] each, what :func:`branchwise.ops.node_uniforms` calls seeds and rows."""
+        return self._keys, self._rows
 
     def at_positions(self, positions: Tensor) -> Tensor:
         """For the draw of the target's token: f32[B, N, 2] from i64[B, N], index of the token in its text without
@@ -97,7 +106,7 @@ class Noise:
     def at_nodes(self, lengths: Tensor, count: int, purpose: Purpose) -> Tensor:
         """For one round: f32[B, count, 2], given the i64[B] lengths of the texts, which no two rounds share."""
         rounds = lengths[:, None].expand(-1, count).contiguous()
-        nodes = torch.arange(count).expand(len(lengths), -1).contiguous()
+        nodes = torch.arange(count, device=lengths.device).expand(len(lengths), -1).contiguous()
         return ops.node_uniforms(self._keys, self._rows, rounds, nodes, purpose)
 
 

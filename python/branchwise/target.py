@@ -46,6 +46,26 @@ def keeps_no_state(processor: Processor) -> bool:
     return kind.__module__ == logits_process.__name__ and kind.__name__ != "SynthIDTextWatermarkLogitsProcessor"
 
 
+def refuse_broken(count: Tensor, bonus: Tensor) -> None:
+    """Raises RuntimeError where ops on a GPU say that logits are no distribution, which those on the CPU refuse."""
+    broken = torch.nonzero((count == 0) & (bonus < 0)).flatten().tolist()
+    if broken:
+        raise RuntimeError(
+            f"logits of row {broken[0]} must hold something above -inf, and neither NaN nor +inf, at every node that "
+            "is looked at"
+        )
+
+
+def fused_temperature(processors: Sequence[Processor]) -> float | None:
+    """The temperature, if that is all that the processors apply; None: they do something else."""
+    if not processors:
+        return 1.0
+    only = processors[0]
+    if len(processors) > 1 or type(only) is not logits_process.TemperatureLogitsWarper:
+        return None
+    return float(cast(logits_process.TemperatureLogitsWarper, only).temperature)
+
+
 class Target:
     """Logits of a batch of trees, processed where a rule looks and nowhere else.
 
@@ -73,10 +93,10 @@ class Target:
         self._texts, self._lengths, self._processors = texts, lengths, processors
         # Read by the ops only where ready; memory that is not written is never committed.
         self.scores, self.ready = logits, None
-        only = processors[0][0] if len(processors[0]) == 1 else None
-        if fuse_temperature and type(only) is logits_process.TemperatureLogitsWarper:
-            self.temperature = float(cast(logits_process.TemperatureLogitsWarper, only).temperature)
-        elif len(processors[0]) > 0:
+        fused = fused_temperature(processors[0])
+        if fused is not None and (fuse_temperature or not processors[0]):
+            self.temperature = fused
+        else:
             self.scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
             self.ready = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
 
@@ -91,13 +111,8 @@ class Target:
         while True:
             accepted, count, bonus = verify(self.scores, self.temperature, self.ready)
             verdict = accepted.cpu(), count.cpu(), bonus.cpu()
+            refuse_broken(verdict[1], verdict[2])
             rows = torch.nonzero(verdict[1] == 0).flatten().tolist()
-            broken = [row for row in rows if verdict[2][row] < 0]
-            if broken:  # what the CPU's ops refuse by themselves
-                raise RuntimeError(
-                    f"logits of row {broken[0]} must hold something above -inf, and neither NaN nor +inf, at every "
-                    "node that is looked at"
-                )
             if self.ready is None or not rows:
                 return verdict
             wanted = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 from enum import Enum
 
 import numpy as np
@@ -110,6 +110,21 @@ class RowTree:
         return tokens[::-1]
 
 
+class Links(NamedTuple):
+    """What acceptance rules read of a batch of trees, on the device of the logits; shapes as in :class:`TokenTree`."""
+
+    tokens: Tensor
+    next_token: Tensor
+    next_sibling: Tensor
+    draft: Tensor | None = None
+    draft_index: Tensor | None = None
+    draws: DrawKind = DrawKind.DETERMINISTIC
+
+    @property
+    def walk(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tokens, self.next_token, self.next_sibling
+
+
 class TokenTree:
     """A batch of trees, padded to T nodes, with what the model and the verifier need.
 
@@ -123,9 +138,16 @@ class TokenTree:
         draft, draft_index: f32[R, V] and i32[B, T], the rows' own put together; None if no row has any.
     """
 
-    def __init__(self, rows: Sequence[RowTree], seq_lens: Tensor, draws: DrawKind = DrawKind.DETERMINISTIC) -> None:
+    def __init__(
+        self,
+        rows: Sequence[RowTree],
+        seq_lens: Tensor,
+        draws: DrawKind = DrawKind.DETERMINISTIC,
+        width: int = 1,
+    ) -> None:
+        """``width``: the least number of nodes to pad to."""
         self.rows, self.draws = list(rows), draws
-        B, T = len(self.rows), max(len(row) for row in self.rows)
+        B, T = len(self.rows), max(width, *(len(row) for row in self.rows))
         tokens, parents = np.empty((B, T), np.int64), np.full((B, T), -1, np.int32)
         for b, row in enumerate(self.rows):
             tokens[b, : len(row)], tokens[b, len(row) :] = row.tokens, row.tokens[0]
@@ -140,14 +162,10 @@ class TokenTree:
     def shape(self) -> tuple[int, int]:
         return self.tokens.shape[0], self.tokens.shape[1]
 
-    def verified_on(self, device: torch.device) -> TokenTree:
-        """With what acceptance rules read on another device."""
-        if self.tokens.device == device:
-            return self
-        there = copy(self)
-        for name in ("tokens", "next_token", "next_sibling", "draft", "draft_index"):
-            setattr(there, name, to_device(getattr(self, name), device))
-        return there
+    def links(self, device: torch.device) -> Links:
+        """What acceptance rules read, on a device."""
+        tensors = self.tokens, self.next_token, self.next_sibling, self.draft, self.draft_index
+        return Links(*(to_device(tensor, device) for tensor in tensors), self.draws)
 
     def _drafts(self) -> tuple[Tensor | None, Tensor | None]:
         tables: list[Tensor] = []

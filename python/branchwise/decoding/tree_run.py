@@ -19,12 +19,13 @@ from ..devices import to_device, wait_for
 from ..drafters import Drafter, DraftRequest, DraftSession, Needs, Verified
 from ..forward import StoredModel
 from ..kv import KVSession, policy_of
-from ..noise import Noise, Purpose
-from ..target import Target, ignores_text
+from ..noise import Noise
+from ..target import Target, fused_temperature, ignores_text
 from ..tree import DrawKind, RowTree, TokenTree
 from .monitor import Monitor
 from .proposals import check_proposals
 from .request import pad_and_stack
+from .rounds import GraphedRounds, Outcome, graphs_fit, padded_rows, padded_size
 from .stats import DecodeStats
 from .tree_size import CostModel, TreeSizer
 
@@ -46,6 +47,7 @@ class TreeRun:
         enough: asked after every round, given the tokens i64[n] that each row got and whether it has ended; True ends
             the run.
         keep_rows: rows that finish stay in the batch, so that all forwards have as many.
+        rounds: runs the rounds on a GPU in graphs; with its store, and without a KV policy.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class TreeRun:
         monitor: Monitor | None = None,
         enough: Callable[[Sequence[tuple[Tensor, bool]]], bool] | None = None,
         keep_rows: bool = False,
+        rounds: GraphedRounds | None = None,
     ) -> None:
+        self.rounds = rounds
         self.model, self.config, self.rule, self.processors, self.noise = model, config, rule, processors, noise
         self.stopping, self.streamer, self.max_nodes = stopping, streamer, max_nodes
         self.cost, self.sizer, self.monitor, self.enough = cost, sizer, monitor, enough
@@ -136,6 +140,8 @@ class TreeRun:
         )
         try:
             session = drafter.begin(request)
+            if self.rounds is not None and not graphs_fit(self.model):
+                self.rounds = None
             try:
                 self.prefill(prompts, session)
                 while self.rows and not all(self.finished) and not self.stopped():
@@ -166,7 +172,7 @@ class TreeRun:
         self.stats.row_forwards += len(prompts) * self.target.forwards
         self.stats.seconds_prefill = time.perf_counter() - begun
         roots = TokenTree([RowTree.root(int(prompt[-1])) for prompt in prompts], self.target.store.seq_lens)
-        _, verified = self.accept(roots, logits)
+        _, verified = self.accept(roots, Outcome(None, logits))
         session.observe(verified)
         self.drop_finished(session)
 
@@ -184,40 +190,74 @@ class TreeRun:
         if deepest is not None:
             depths = [min(pair) for pair in zip(depths, deepest, strict=True)]
         trees = [self.kv.trim(tree.up_to_depth(depth)) for tree, depth in zip(trees, depths, strict=True)]
-        proposed = time.perf_counter()
+        proposed_trees, proposed = trees, time.perf_counter()
         if self.sizer is not None:
             trees = self.sizer.choose(trees)
-        tree = TokenTree(trees, self.target.store.seq_lens, self.draws)
+        width = 1
+        if self.rounds is not None:
+            width = padded_size(max(map(len, trees)), self.max_nodes)
+            # What the graph computes anyway.
+            trees = [tree.first(width) for tree in proposed_trees]
+        tree = TokenTree(trees, self.target.store.seq_lens, self.draws, width)
         drafted = time.perf_counter()
-        logits = self.target.forward(tree.tokens, tree.positions, None if tree.is_chain else tree.tree_mask, tree=tree)
-        wait_for(logits)
+        if self.rounds is None:
+            logits = self.target.forward(
+                tree.tokens, tree.positions, None if tree.is_chain else tree.tree_mask, tree=tree
+            )
+            wait_for(logits)
+            outcome = Outcome(None, logits)
+        else:
+            outcome = self.graphed(self.rounds, tree)
         done = time.perf_counter()
         self.stats.forwards += 1
         self.stats.row_forwards += len(self.rows) - sum(self.finished)
         self.cost.observe(tree.tokens.numel(), done - drafted)
-        accepted, verified = self.accept(tree, logits)
+        accepted, verified = self.accept(tree, outcome)
         verdict = time.perf_counter()
         session.observe(verified)
         observed = time.perf_counter()
         if self.sizer is not None:
             self.sizer.spend(proposed - begun + observed - verdict)
-        self.target.store.commit(accepted.nodes, accepted.count)
+        if outcome.accepted is None:
+            self.target.store.commit(accepted.nodes, accepted.count)
+        else:  # has been, on the device
+            self.target.store.set_lengths(self.target.store.seq_lens + accepted.count)
         self.kv.committed(accepted.nodes, accepted.count)
         self.drop_finished(session)
         self.stats.seconds_draft += drafted - begun + observed - verdict
         self.stats.seconds_forward += done - drafted
         self.stats.seconds_verify += time.perf_counter() - done - (observed - verdict)
 
-    def accept(self, tree: TokenTree, logits: Tensor) -> tuple[Accepted, Verified]:
-        """Applies the rule and emits; the counts come back cut where a row ended inside its accepted run."""
-        target = Target(
-            logits,
-            [self.texts[row] for row in self.rows],
-            [self.lengths[row] for row in self.rows],
-            [self.processors[row] for row in self.rows],
-            fuse_temperature=self.rule is not GREEDY,
+    def graphed(self, rounds: GraphedRounds, tree: TokenTree) -> Outcome:
+        """The round on a GPU, with the verdict where that needs neither processors nor the drafts' distributions."""
+        temperature = fused_temperature(self.processors[0])
+        decides = temperature is not None and self.draws is DrawKind.DETERMINISTIC
+        running = ~torch.tensor(self.finished)
+        return rounds.run(
+            self.target,
+            tree,
+            self.noise,
+            running,
+            self.rule if decides else None,
+            temperature or 1.0,
+            keep_logits=bool(self.needs & Needs.LOGITS),
         )
-        accepted = self.rule(tree, target, self.uniforms(tree))
+
+    def accept(self, tree: TokenTree, outcome: Outcome) -> tuple[Accepted, Verified]:
+        """Applies the rule, if that has not been done, and emits; the counts come back cut where a row ended inside its
+        accepted run."""
+        accepted, logits = outcome.accepted, outcome.logits
+        target: Target | None = None
+        if accepted is None:
+            assert logits is not None
+            target = Target(
+                logits,
+                [self.texts[row] for row in self.rows],
+                [self.lengths[row] for row in self.rows],
+                [self.processors[row] for row in self.rows],
+                fuse_temperature=self.rule is not GREEDY,
+            )
+            accepted = self.rule(tree, target, self.uniforms(tree))
         emitted: list[list[int]] = []
         for i, row in enumerate(self.rows):
             if self.finished[i]:
@@ -230,7 +270,7 @@ class TreeRun:
             emitted.append(tokens)
             # The last token's KV is not in the store, whether it was drafted or not: it is the next root.
             accepted.count[i] = len(tokens)
-            if self.keep_scores:
+            if self.keep_scores and target is not None:
                 self.scores[row] += target.path_scores(i, path)[: len(tokens)]
             if self.sizer is not None:
                 self.sizer.observe(tree.rows[i], path)
@@ -245,16 +285,14 @@ class TreeRun:
             tree=tree,
             nodes=accepted.nodes,
             count=accepted.count,
-            logits=logits.cpu() if self.needs & Needs.LOGITS else None,
+            logits=logits.cpu() if logits is not None and self.needs & Needs.LOGITS else None,
             hidden_states=to_device(self.target.hidden_states, torch.device("cpu")),
         )
 
     def uniforms(self, tree: TokenTree) -> Tensor:
         """Noise of the rule, f32[B, T, 2]."""
         lengths = torch.tensor([self.lengths[row] - self.padding[row] for row in self.rows])
-        if self.rule.by_position:
-            return self.noise.at_positions(lengths[:, None] + tree.positions - tree.positions[:, :1])
-        return self.noise.at_nodes(lengths, tree.shape[1], Purpose.VERIFY)
+        return self.rule.uniforms(self.noise, lengths, tree.positions - tree.positions[:, :1])
 
     def emit(self, i: int, tokens: list[int]) -> list[int]:
         """Appends tokens to a row's text until one of them ends it; returns those that were said."""
@@ -276,13 +314,19 @@ class TreeRun:
         if self.keep_rows or not any(self.finished):
             return
         kept = [i for i, done in enumerate(self.finished) if not done]
+        if kept and self.rounds is not None:
+            # Every number of rows is another set of graphs.
+            idle = [i for i, done in enumerate(self.finished) if done]
+            kept = sorted(kept + idle[: padded_rows(len(kept)) - len(kept)])
+            if len(kept) == len(self.rows):
+                return
         if kept:
             self.target.store.select_rows(kept)
             self.kv.keep(kept)
             session.keep(kept)
             self.noise.keep(kept)
         self.rows = [self.rows[i] for i in kept]
-        self.finished = [False] * len(kept)
+        self.finished = [self.finished[i] for i in kept]
 
     def result(self, device: torch.device) -> Tensor | TreeSpeculationOutput:
         """What ``generate`` returns, on the caller's device."""

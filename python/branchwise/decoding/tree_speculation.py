@@ -10,12 +10,15 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from ..acceptance import Rule, choose_rule
 from ..attention import use_attention
 from ..drafters import Drafter
+from ..graphs import recorder_for
+from ..kv import policy_of
 from ..noise import Noise, Seed, row_seeds
 from ..tree import DrawKind
 from .auto import Auto, drafter_of
 from .bandit import Bandit
 from .call import Call, Decoder
 from .monitor import Monitor, watch
+from .rounds import GraphedRounds
 from .stats import DecodeStats
 from .tree_run import TreeRun, TreeSpeculationOutput
 from .tree_size import TreeSizer, cost_model
@@ -43,6 +46,9 @@ class TreeSpeculation(Decoder):
         seed: of the noise when sampling, see :func:`branchwise.noise.row_seeds`. A row's noise depends on its seed
             and its prompt, not on the rest of the batch.
         monitor: shows progress, and ends calls early; see :class:`branchwise.Monitor`.
+        graphs: with a model on a GPU, run rounds in CUDA graphs where the model can be recorded. The KV slots of the
+            largest batch stay allocated between calls then, as the graphs write there; weights may be trained in place,
+            but changes to the model's modules (hooks, adapters that are switched) need a new object.
 
     Raises:
         ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
@@ -57,6 +63,7 @@ class TreeSpeculation(Decoder):
         rule: str | Rule | None = None,
         seed: Seed = None,
         monitor: Monitor | None = None,
+        graphs: bool = True,
     ) -> None:
         if not 1 <= max_nodes <= 1024:
             raise ValueError(f"max_nodes must lie between 1 and 1024, got {max_nodes}")
@@ -66,8 +73,10 @@ class TreeSpeculation(Decoder):
         self.rule = rule
         self.seed = seed
         self.monitor = monitor
+        self.graphs = graphs
         self.stats = DecodeStats()
         self._sizers: WeakKeyDictionary[PreTrainedModel, TreeSizer] = WeakKeyDictionary()
+        self._rounds: WeakKeyDictionary[PreTrainedModel, GraphedRounds] = WeakKeyDictionary()
 
     def decode(self, call: Call) -> Tensor | TreeSpeculationOutput:
         call.check(returns_dict=True, on_cuda=True)
@@ -82,6 +91,7 @@ class TreeSpeculation(Decoder):
         adaptive = self.adaptive and not drawn and not isinstance(self.drafter, (Auto, Bandit))
         cost = cost_model(model)
         sizer = self._sizers.setdefault(model, TreeSizer(cost))
+        rounds = self._graphed_rounds(call, longest)
         run = TreeRun(
             model=model,
             config=config,
@@ -94,8 +104,25 @@ class TreeSpeculation(Decoder):
             cost=cost,
             sizer=sizer if adaptive else None,
             monitor=self.monitor,
+            rounds=rounds,
         )
         with use_attention(model), watch(self.monitor, len(prompts) * (longest - call.input_ids.shape[1])):
-            run.decode(self.drafter, list(call.input_ids), call.starts, [longest] * len(prompts))
+            store = None if rounds is None else rounds.store
+            run.decode(self.drafter, list(call.input_ids), call.starts, [longest] * len(prompts), store)
         self.stats = run.stats
         return run.result(model.device)
+
+    def _graphed_rounds(self, call: Call, longest: int) -> GraphedRounds | None:
+        """Those of an earlier call with the model, if they are still good; None where there are no graphs."""
+        model, rows = call.model, len(call.prompts)
+        recorder = recorder_for(model.device) if self.graphs else None
+        # A cache that is returned is the caller's.
+        if recorder is None or policy_of(model) is not None or call.config.return_dict_in_generate:
+            return None
+        rounds = self._rounds.get(model)
+        if rounds is None or not rounds.serve(model, rows):
+            self._rounds.pop(model, None)  # frees its slots before there are others
+            slots = max(map(len, call.prompts)) + min(longest - call.input_ids.shape[1], 512) + 2 * self.max_nodes
+            rounds = self._rounds[model] = GraphedRounds(recorder, model, rows, slots, self.max_nodes)
+        rounds.store.begin(rows)
+        return rounds

@@ -1,0 +1,53 @@
+"""A KV store whose slots stay where they are from call to call, as CUDA graphs need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .cache import KVLayer, KVStore
+
+
+class StaticStore(KVStore):
+    """Rows that leave are squeezed out in place, and a later call finds the slots where this one left them.
+
+    Args:
+        batch_size: rows at most, ``most_rows``.
+        capacity: slots per row; more than that moves everything.
+    """
+
+    def __init__(self, batch_size: int, capacity: int) -> None:
+        super().__init__(batch_size, capacity)
+        self.most_rows = batch_size
+
+    def begin(self, batch_size: int) -> None:
+        """Forgets everything; the first so many rows are in use from now on."""
+        for layer in self._contiguous():
+            layer.keys, layer.values = (
+                cache.as_strided((batch_size, *cache.shape[1:]), cache.stride()) for cache in (layer.keys, layer.values)
+            )
+        self.set_lengths(torch.zeros(batch_size, dtype=torch.int32))
+
+    @contextmanager
+    def lengths_on_device(self, seq_lens: Tensor) -> Iterator[None]:
+        """Inside, forwards read i32[B] lengths from here, as a graph does; the host's are not looked at."""
+        host, self.seq_lens = self.seq_lens, seq_lens
+        try:
+            yield
+        finally:
+            self.seq_lens = self.append_at = host
+
+    def caches(self) -> list[Tensor]:
+        """Keys and values of all layers, for :func:`branchwise.ops.commit_kv`."""
+        return [cache for layer in self._contiguous() for cache in (layer.keys, layer.values)]
+
+    def _rows(self, layer: KVLayer, old: Tensor, index: Tensor) -> Tensor:
+        kept = old[: len(index)]
+        return kept.copy_(old.index_select(0, index.to(old.device)))
+
+    def _grown(self, layer: KVLayer, old: Tensor) -> Tensor:
+        rows = len(old)
+        return super()._grown(layer, old.as_strided((self.most_rows, *old.shape[1:]), old.stride()))[:rows]
