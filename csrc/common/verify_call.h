@@ -77,6 +77,16 @@ struct VerifyBatch {
   }
 };
 
+// Returns the options.
+inline PolicyOptions check_policy(const char* op, int64_t policy, double threshold, double alpha,
+                                  int64_t top_k, bool first_only) {
+  BW_CHECK(policy >= 0 && policy <= 3, op, ": policy must lie between 0 and 3, got ", policy);
+  BW_CHECK(threshold >= 0, op, ": threshold must not be negative, got ", threshold);
+  BW_CHECK(alpha >= 0, op, ": alpha must not be negative, got ", alpha);
+  BW_CHECK(top_k >= 1, op, ": top_k must be at least 1, got ", top_k);
+  return {static_cast<Policy>(policy), threshold, alpha, top_k, first_only};
+}
+
 inline void check_typical(const char* op, double epsilon, double alpha) {
   BW_CHECK(epsilon >= 0, op, ": epsilon must not be negative, got ", epsilon);
   BW_CHECK(alpha >= 0, op, ": alpha must not be negative, got ", alpha);

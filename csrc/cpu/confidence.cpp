@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include "common/check.h"
-#include "common/philox.h"
+#include "common/gumbel.h"
+#include "common/vocab_call.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/vocab_kernel.h"
@@ -18,23 +18,11 @@ namespace branchwise {
 namespace {
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-enum class Score { kProbability, kMargin, kEntropy };
 
 // A stretch of the vocabulary between excluded tokens.
 struct Stretch {
   int64_t begin, size;
 };
-
-// Gumbel noise of a token lies between these.
-constexpr double kGumbelLow = -3.2, kGumbelHigh = 23.0;
-
-// The noise of a row's token: a function of the row's key and the token.
-double gumbel(int64_t key, int64_t token) {
-  const Words4 words =
-      philox(static_cast<uint64_t>(key), {{static_cast<uint32_t>(token / 4), 0x64696666, 0, 0}});
-  const double u = (words.word[token % 4] + 0.5) * 0x1p-32;
-  return -std::log(-std::log(u));
-}
 
 struct Row {
   const char* data;
@@ -73,7 +61,7 @@ class Reader {
     float logit = top, second = -std::numeric_limits<float>::infinity();
     double best = -std::numeric_limits<double>::infinity();
     const double least = temperature > 0 ? top - (kGumbelHigh - kGumbelLow) * temperature : top;
-    for_each_above(row, kind == Score::kMargin ? -INFINITY : static_cast<float>(least),
+    for_each_above(row, kind == Score::margin ? -INFINITY : static_cast<float>(least),
                    [&](int64_t t, float x) {
                      if (x >= least) {
                        const double drawn =
@@ -82,9 +70,9 @@ class Reader {
                      }
                    });
     switch (kind) {
-      case Score::kProbability:
+      case Score::probability:
         return {token, static_cast<float>(std::exp2((double{logit} - top) * kLog2e) / sum)};
-      case Score::kMargin: {
+      case Score::margin: {
         int64_t first = -1;
         for_each_above(row, -INFINITY, [&](int64_t t, float x) {
           if (x == top && first < 0)
@@ -135,32 +123,11 @@ std::tuple<Tensor, Tensor> confidence(Tensor logits, std::optional<Tensor> exclu
                                       double temperature, std::optional<Tensor> keys,
                                       int64_t score) {
   const char* op = "confidence";
-  check_dim(op, "logits", logits, 2, "[R, V]");
-  check_float_dtype(op, "logits", logits);
-  check_last_contiguous(op, "logits", logits);
-  const int64_t R = logits.size(0), V = logits.size(1);
-  BW_CHECK(V <= INT32_MAX, op, ": logits.size(1) = ", V, " must be below 2^31");
-  BW_CHECK(temperature >= 0 && std::isfinite(temperature), op,
-           ": temperature must be 0 (greedy) or positive, got ", temperature);
-  BW_CHECK(score >= 0 && score <= 2, op, ": score must be 0, 1 or 2, got ", score);
-  BW_CHECK(temperature == 0 || keys, op, ": temperature = ", temperature, " needs keys");
-  const int64_t* key = nullptr;
-  if (keys) {
-    check_dim(op, "keys", *keys, 1, "[R]");
-    check_size(op, "keys", *keys, 0, R, "R");
-    check_dtype(op, "keys", *keys, ScalarType::Long);
-    check_contiguous(op, "keys", *keys);
-    key = static_cast<const int64_t*>(keys->const_data_ptr());
-  }
-  std::vector<int64_t> cuts;
-  if (exclude) {
-    check_dim(op, "exclude", *exclude, 1, "[E]");
-    check_dtype(op, "exclude", *exclude, ScalarType::Long);
-    check_contiguous(op, "exclude", *exclude);
-    const int64_t* data = static_cast<const int64_t*>(exclude->const_data_ptr());
-    cuts.assign(data, data + exclude->size(0));
-    std::sort(cuts.begin(), cuts.end());
-  }
+  const VocabCall call = check_vocab(op, "[R, V]", logits, exclude);
+  const int64_t R = call.rows, V = call.V;
+  const int64_t* key = check_confidence(op, R, temperature, keys, score);
+  std::vector<int64_t> cuts(call.exclude, call.exclude + call.E);
+  std::sort(cuts.begin(), cuts.end());
   std::vector<Stretch> stretches;
   int64_t begin = 0;
   for (const int64_t cut : cuts) {
@@ -174,15 +141,13 @@ std::tuple<Tensor, Tensor> confidence(Tensor logits, std::optional<Tensor> exclu
   Tensor scores = empty<1>({R}, ScalarType::Float);
   int64_t* out_tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   float* out_scores = static_cast<float*>(scores.mutable_data_ptr());
-  const DType type = dtype_of(logits.scalar_type());
-  const int64_t bytes = type == DType::f32 ? 4 : 2;
-  const char* data = static_cast<const char*>(logits.const_data_ptr());
   const VocabKernels& kernels = BW_KERNELS(vocab_kernels);
   torch::stable::parallel_for(
       0, R, std::max<int64_t>(1, 32768 / std::max<int64_t>(V, 1)), [&](int64_t from, int64_t to) {
         Reader reader(kernels, stretches);
         for (int64_t r = from; r < to; ++r) {
-          const Row row{data + r * logits.stride(0) * bytes, type, bytes};
+          const Row row{call.data + r * call.row_bytes, call.type,
+                        static_cast<int64_t>(logits.element_size())};
           std::tie(out_tokens[r], out_scores[r]) =
               reader.read(row, temperature, key ? key[r] : 0, static_cast<Score>(score));
         }

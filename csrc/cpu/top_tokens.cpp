@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/check.h"
+#include "common/vocab_call.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/vocab_kernel.h"
@@ -71,20 +71,8 @@ double search(const VocabKernels& kernels, const LogitsRow& row, int64_t count, 
 
 std::tuple<Tensor, Tensor> top_tokens(Tensor logits, int64_t k, std::optional<Tensor> exclude) {
   const char* op = "top_tokens";
-  check_dim(op, "logits", logits, 2, "[N, V]");
-  check_float_dtype(op, "logits", logits);
-  check_last_contiguous(op, "logits", logits);
-  const int64_t N = logits.size(0), V = logits.size(1);
-  BW_CHECK(k >= 1, op, ": k must be at least 1, got ", k);
-  BW_CHECK(V <= INT32_MAX, op, ": logits.size(1) = ", V, " must be below 2^31");
-  std::vector<int64_t> left_out;
-  if (exclude) {
-    check_dim(op, "exclude", *exclude, 1, "[E]");
-    check_dtype(op, "exclude", *exclude, ScalarType::Long);
-    check_contiguous(op, "exclude", *exclude);
-    const int64_t* data = static_cast<const int64_t*>(exclude->const_data_ptr());
-    left_out.assign(data, data + exclude->size(0));
-  }
+  const VocabCall call = check_top_tokens(op, logits, k, exclude);
+  const int64_t N = call.rows, V = call.V;
   Tensor tokens = empty<2>({N, k}, ScalarType::Int);
   Tensor log_probs = empty<2>({N, k}, ScalarType::Float);
   int32_t* out_tokens = static_cast<int32_t*>(tokens.mutable_data_ptr());
@@ -93,21 +81,20 @@ std::tuple<Tensor, Tensor> top_tokens(Tensor logits, int64_t k, std::optional<Te
   std::fill(out_log_probs, out_log_probs + N * k, -INFINITY);
   if (V == 0) return {tokens, log_probs};
 
-  const DType type = dtype_of(logits.scalar_type());
-  const int64_t row_bytes = logits.stride(0) * (type == DType::f32 ? 4 : 2);
-  const char* data = static_cast<const char*>(logits.const_data_ptr());
   const VocabKernels& kernels = BW_KERNELS(vocab_kernels);
-  const int64_t count = k + static_cast<int64_t>(left_out.size());
+  const int64_t count = k + call.E;
   constexpr float kLog2e = 1.44269504f;
   torch::stable::parallel_for(
       0, N, std::max<int64_t>(1, 32768 / V), [&](int64_t begin, int64_t end) {
         Workspace w;
         for (int64_t row = begin; row < end; ++row) {
           const double log_sum =
-              search(kernels, {data + row * row_bytes, type, V, kLog2e}, count, w);
+              search(
+              kernels, {call.data + row * call.row_bytes, call.type, V, kLog2e}, count, w);
           int64_t j = 0;
           for (const Candidate& c : w.best) {
-            if (std::find(left_out.begin(), left_out.end(), c.token) != left_out.end()) continue;
+            if (std::find(call.exclude, call.exclude + call.E, c.token) != call.exclude + call.E)
+              continue;
             if (j == k) break;
             out_tokens[row * k + j] = c.token;
             out_log_probs[row * k + j++] = static_cast<float>(c.logit - log_sum);

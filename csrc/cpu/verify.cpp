@@ -135,12 +135,7 @@ Verdicts verify_policy(Tensor tokens, Tensor next_token, Tensor next_sibling, Te
                        int64_t top_k, bool first_only, double temperature,
                        std::optional<Tensor> ready) {
   const char* op = "verify_policy";
-  BW_CHECK(policy_id >= 0 && policy_id <= 3, op, ": policy must lie between 0 and 3, got ",
-           policy_id);
-  BW_CHECK(threshold >= 0, op, ": threshold must not be negative, got ", threshold);
-  BW_CHECK(alpha >= 0, op, ": alpha must not be negative, got ", alpha);
-  BW_CHECK(top_k >= 1, op, ": top_k must be at least 1, got ", top_k);
-  const PolicyOptions options{static_cast<Policy>(policy_id), threshold, alpha, top_k, first_only};
+  const PolicyOptions options = check_policy(op, policy_id, threshold, alpha, top_k, first_only);
   return verify(
       {op, tokens, next_token, next_sibling, logits, ready, temperature, &uniforms},
       [&](const VerifyRow& row, const VocabKernels& k) { return policy(row, k, options); });

@@ -65,7 +65,8 @@ __device__ inline void sync_block() { __syncthreads(); }
 __device__ inline int count_bits(uint64_t word) { return __popcll(word); }
 __device__ inline int lowest_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
 __device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
-__device__ inline void add_atomic(int32_t* to, int32_t x) { atomicAdd(to, x); }
+// Returns what was there before.
+__device__ inline int32_t add_atomic(int32_t* to, int32_t x) { return atomicAdd(to, x); }
 __device__ inline int leading_zeros(uint32_t word) { return __clz(static_cast<int>(word)); }
 
 // The block's dynamic shared memory.

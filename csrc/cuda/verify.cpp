@@ -1,5 +1,4 @@
-// CUDA binding of the verification family: checks of shapes, one launch. verify_policy has no CUDA
-// version.
+// CUDA binding of the verification family: checks of shapes, one launch.
 #include "cuda/kernels/verify.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -30,8 +29,10 @@ Verdicts run(const VerifyBatch& batch, Rule rule, cuda::VerifyLaunch launch = {}
                          {"draft_index", batch.draft_index},
                          {"ready", if_given(batch.ready)}});
   const int64_t B = batch.tokens.size(0), T = batch.tokens.size(1);
-  const int64_t bytes = cuda::verify_shared_bytes(rule, T);
-  BW_CHECK(bytes <= cuda::kMostSharedBytes, batch.op, ": T = ", T, " nodes need ", bytes,
+  const int64_t drawn = cuda::drawn_tokens(launch.policy, batch.logits.size(2));
+  const int64_t bytes = cuda::verify_shared_bytes(rule, T, drawn);
+  BW_CHECK(bytes <= cuda::kMostSharedBytes, batch.op, ": T = ", T, " nodes",
+           drawn > 0 ? " and top_k = " + std::to_string(drawn) : std::string(), " need ", bytes,
            " bytes of a block's shared memory on CUDA, and there are ", cuda::kMostSharedBytes);
   Tensor accepted = torch::stable::new_empty(batch.logits, {B, T}, ScalarType::Int);
   Tensor num_accepted = torch::stable::new_empty(batch.logits, {B}, ScalarType::Int);
@@ -121,6 +122,17 @@ Verdicts verify_typical_cuda(Tensor tokens, Tensor next_token, Tensor next_sibli
              Rule::typical, launch);
 }
 
+Verdicts verify_policy_cuda(Tensor tokens, Tensor next_token, Tensor next_sibling, Tensor logits,
+                            Tensor uniforms, int64_t policy, double threshold, double alpha,
+                            int64_t top_k, bool first_only, double temperature,
+                            std::optional<Tensor> ready) {
+  const char* op = "verify_policy";
+  cuda::VerifyLaunch launch{};
+  launch.policy = check_policy(op, policy, threshold, alpha, top_k, first_only);
+  return run({op, tokens, next_token, next_sibling, logits, ready, temperature, &uniforms},
+             Rule::policy, launch);
+}
+
 }  // namespace branchwise
 
 BW_CUDA_LIBRARY(m) {
@@ -131,4 +143,5 @@ BW_CUDA_LIBRARY(m) {
   m.impl("verify_block", TORCH_BOX(&branchwise::verify_block_cuda));
   m.impl("verify_traversal", TORCH_BOX(&branchwise::verify_traversal_cuda));
   m.impl("verify_typical", TORCH_BOX(&branchwise::verify_typical_cuda));
+  m.impl("verify_policy", TORCH_BOX(&branchwise::verify_policy_cuda));
 }

@@ -41,10 +41,11 @@ class _Recording(TorchDispatchMode):
         written = _tensors([value for name, value in arguments.items() if name in writes])
         self.before += [(x, x.clone()) for x in written if _storage(x) not in self.own]
         out = func(*args, **(kwargs or {}))
-        made = [x for x in _tensors(out) if _storage(x) not in set(map(_storage, _tensors(arguments)))]
+        given = set(map(_storage, _tensors(arguments)))
+        made = [(i, x) for i, x in enumerate(_tensors(out)) if _storage(x) not in given]
         if written or made:  # all else are views
-            self.calls.append((func, args, kwargs or {}, [] if written else made))
-        self.own.update(map(_storage, made))
+            self.calls.append((func, args, kwargs or {}, made))
+        self.own.update(_storage(x) for _, x in made)
         return out
 
     def undo(self):
@@ -56,8 +57,8 @@ class _Recording(TorchDispatchMode):
         self.owner.replays += 1
         for func, args, kwargs, made in self.calls:
             results = _tensors(func(*args, **kwargs))
-            for old, new in zip(made, results[-len(made) :], strict=True) if made else ():
-                old.copy_(new)
+            for i, old in made:
+                old.copy_(results[i])
 
 
 def _tensors(x):

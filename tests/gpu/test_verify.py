@@ -8,18 +8,16 @@ import torch
 from branchwise import ops
 from verify_cases import RULES, Batch, compare, random_batch
 
-POLICIES = ("greedy_match", "surprisal", "surprisal_first", "probability_floor", "typical_policy")
-ON_CUDA = [rule for rule in RULES if rule not in POLICIES]
 
 
-@pytest.mark.parametrize("rule", ON_CUDA)
+@pytest.mark.parametrize("rule", RULES)
 def test_random_trees(rule, device):
     batches = [random_batch(rule, seed, B=16) for seed in range(6 if device.emulated else 160)]
     close = sum(compare(rule, batch, device) for batch in batches)
     assert close < 0.02 * sum(len(batch.trees) for batch in batches)
 
 
-@pytest.mark.parametrize("rule", ON_CUDA)
+@pytest.mark.parametrize("rule", RULES)
 def test_vocabularies_and_dtypes(rule, device):
     sizes = (1, 9, 255, 1025, 5001) if device.emulated else (1, 9, 255, 256, 257, 5001, 32000, 152064, 300_001)
     for V, dtype in product(sizes, (torch.float32, torch.bfloat16, torch.float16)):

@@ -169,7 +169,11 @@ inline uint32_t bits_of(float x) {
   std::memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
-inline void add_atomic(int32_t* to, int32_t x) { *to += x; }
+inline int32_t add_atomic(int32_t* to, int32_t x) {
+  const int32_t before = *to;
+  *to += x;
+  return before;
+}
 inline int leading_zeros(uint32_t word) { return __builtin_clz(word); }
 inline char* shared_memory() { return emulate::shared(); }
 inline void copy_async(void* to, const void* from, bool valid) { emulate::copy(to, from, valid); }

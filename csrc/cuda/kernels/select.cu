@@ -1,64 +1,18 @@
 // select_pages, evict_kv and rerotate_keys: what is attended to, what is kept, and where it stands.
 #include "cuda/device.cuh"
 #include "cuda/kernels/score.cuh"
+#include "cuda/kernels/select-inl.cuh"
 #include "cuda/kernels/slots-inl.cuh"
 
 namespace branchwise::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kBins = 2048;
-
-// Larger floats have larger keys; NaN counts as the smallest.
-__device__ uint32_t key_of(float x) {
-  if (x != x) return 0;
-  x += 0.f;  // -0 equals 0
-  const uint32_t bits = bits_of(x);
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-
-struct SelectShared {
-  int32_t bins[kBins];
-  int32_t warps[2][kWarps];
-  int32_t bin, left;
-};
-
-// Thread by thread, how many before it in the block have the flag, and how many all have. `which`
-// alternates, so that the next call need not wait for readers of this one.
-__device__ int32_t count_before(SelectShared& s, int which, bool flag, int32_t* all) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const uint32_t bits = ballot(flag);
-  if (lane == 0) s.warps[which][warp] = count_bits(bits);
-  sync_block();
-  int32_t before = count_bits(bits & ((1u << lane) - 1));
-  *all = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += s.warps[which][w];
-    *all += s.warps[which][w];
-  }
-  return before;
-}
-
-// From the top, the bin in which the cumulative count reaches `wanted`, and what is wanted of it.
-__device__ void find_bin(SelectShared& s, int bins, int32_t wanted) {
-  if (threadIdx.x >= kWarp) return;
-  const int lane = threadIdx.x, each = bins / kWarp, top = bins - 1 - lane * each;
-  int32_t own = 0, before = 0;
-  for (int i = 0; i < each; ++i) own += s.bins[top - i];
-  for (int l = 0; l < kWarp; ++l) {
-    const int32_t other = shuffle(own, l);
-    if (l < lane) before += other;
-  }
-  if (before >= wanted || before + own < wanted) return;
-  int i = 0;
-  for (; before + s.bins[top - i] < wanted; ++i) before += s.bins[top - i];
-  s.bin = top - i;
-  s.left = wanted - before;
-}
+using Selection = SelectShared<kThreads>;
 
 // A block per list: a radix search for the least key that is taken, then passes that take in order.
 __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectLaunch in) {
-  SelectShared& s = *reinterpret_cast<SelectShared*>(shared_memory());
+  Selection& s = *reinterpret_cast<Selection*>(shared_memory());
   const int64_t list = blockIdx.x, row = list / in.H;
   const auto within = [](int64_t x, int64_t most) { return x < 0 ? 0 : x < most ? x : most; };
   const int64_t all = within(in.num_pages[row], in.N), scored = within(in.num_scored[row], all);
@@ -68,28 +22,9 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   const float* scores = in.scores + list * in.N + sinks;
   int32_t* out = in.indices + list * in.width;
 
-  uint32_t least = 0;
-  int32_t ties = 0;  // of the least key, how many are taken
   const bool some = wanted > 0 && wanted < candidates;
-  if (some) {
-    ties = wanted;
-    for (int pass = 0; pass < 3; ++pass) {
-      const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
-      const uint32_t fixed = pass == 0 ? 0 : pass == 1 ? ~0u << 21 : ~0u << 10;
-      for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
-      sync_block();
-      for (int64_t i = threadIdx.x; i < candidates; i += kThreads) {
-        const uint32_t key = key_of(scores[i]);
-        if ((key & fixed) == (least & fixed))
-          add_atomic(&s.bins[key >> shift & ((1u << bits) - 1)], 1);
-      }
-      sync_block();
-      find_bin(s, 1 << bits, ties);
-      sync_block();
-      least |= static_cast<uint32_t>(s.bin) << shift;
-      ties = s.left;
-    }
-  }
+  Cut cut{};
+  if (some) cut = find_cut(s, candidates, wanted, [&](int64_t i) { return key_of(scores[i]); });
 
   for (int64_t i = threadIdx.x; i < sinks; i += kThreads) out[i] = static_cast<int32_t>(i);
   int64_t length = sinks;
@@ -97,11 +32,11 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   for (int64_t begin = 0; begin < candidates && wanted > 0; begin += kThreads) {
     const int64_t i = begin + threadIdx.x;
     const uint32_t key = i < candidates ? key_of(scores[i]) : 0;
-    const bool here = i < candidates, tie = some && here && key == least;
+    const bool here = i < candidates, tie = some && here && key == cut.least;
     int32_t tied, taken;
     sync_block();
     const int32_t tie_rank = ties_taken + count_before(s, 0, tie, &tied);
-    const bool take = here && (!some || key > least || (tie && tie_rank < ties));
+    const bool take = here && (!some || key > cut.least || (tie && tie_rank < cut.ties));
     const int32_t before = count_before(s, 1, take, &taken);
     if (take) out[length + before] = static_cast<int32_t>(sinks + i);
     length += taken;
@@ -245,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
 int select_pages(const SelectLaunch& in, void* stream) {
   if (in.rows * in.H == 0) return 0;
   return launch(select_kernel, Grid(static_cast<unsigned>(in.rows * in.H)), kThreads,
-                static_cast<int>(sizeof(SelectShared)), stream, in);
+                static_cast<int>(sizeof(Selection)), stream, in);
 }
 
 int select_slots(const SelectSlotsLaunch& in, void* stream) {
