@@ -353,6 +353,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="run the GPU tests first")
     parser.add_argument("--cases", type=int, nargs="+", help="indices of the table; default: all")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=32, help="of the model that decodes (gpu_decode.py); 0: none")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of the JSON record")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -373,6 +374,11 @@ def main() -> None:
         torch.cuda.empty_cache()
     record["attention"] = rows
     record["verify"] = verify_rows(args.repeats)
+    if args.layers > 0:
+        from gpu_decode import decode_rows
+
+        torch.cuda.empty_cache()
+        record["decode"] = decode_rows(args.layers)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"gpu-{record['date']}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -10,7 +10,7 @@ from test_ops_scores import DTYPES, LAYOUTS, SHORT, cache_of, int32, lens_of
 B, HKV, D, S = 2, 3, 40, 96
 
 
-def store_of(slots, page_size, dtype, capacity=S):
+def store_of(slots, page_size, dtype, capacity=S, D=D):
     """A faster store that holds nothing."""
     caches = [torch.full((B * HKV * slots, 1, page_size, D), torch.nan).to(dtype) for _ in range(2)]
     table = torch.full((B, HKV, -(-capacity // page_size)), -1, dtype=torch.int32)

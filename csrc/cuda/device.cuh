@@ -67,6 +67,8 @@ __device__ inline int lowest_bit(uint32_t word) { return __ffs(static_cast<int>(
 __device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
 // Returns what was there before.
 __device__ inline int32_t add_atomic(int32_t* to, int32_t x) { return atomicAdd(to, x); }
+__device__ inline void or_atomic(uint32_t* to, uint32_t bits) { atomicOr(to, bits); }
+__device__ inline void and_atomic(uint32_t* to, uint32_t bits) { atomicAnd(to, bits); }
 __device__ inline int leading_zeros(uint32_t word) { return __clz(static_cast<int>(word)); }
 
 // The block's dynamic shared memory.
@@ -142,6 +144,16 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   // clang-format on
   return static_cast<int>(cudaGetLastError());
+}
+
+// Whether kernels can read memory at this address: the device's, or pinned.
+inline bool is_readable(const void* address) {
+  cudaPointerAttributes attributes;
+  if (cudaPointerGetAttributes(&attributes, address) != cudaSuccess) {
+    cudaGetLastError();  // or the next launch reports it
+    return false;
+  }
+  return attributes.type != cudaMemoryTypeUnregistered;
 }
 
 inline const char* describe_error(int code) {

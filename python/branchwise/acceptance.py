@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import ops
@@ -78,13 +79,15 @@ class Rule:
         return Accepted(*verdict)
 
     def uniforms(self, noise: Noise, lengths: Tensor, depths: Tensor) -> Tensor:
-        """The noise f32[B, T, 2] of a round.
+        """The noise f32[B, T, 2] of a round; nothing for the greedy rule.
 
         Args:
             noise: of the rows.
             lengths: i64[B], tokens of each text up to and including the root.
             depths: i64[B, T], levels below the root.
         """
+        if self is GREEDY:
+            return torch.empty(0, device=lengths.device)
         if self.by_position:
             return noise.at_positions(lengths[:, None] + depths)
         return noise.at_nodes(lengths, depths.shape[1], Purpose.VERIFY)

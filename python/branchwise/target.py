@@ -48,7 +48,7 @@ def keeps_no_state(processor: Processor) -> bool:
 
 def refuse_broken(count: Tensor, bonus: Tensor) -> None:
     """Raises RuntimeError where ops on a GPU say that logits are no distribution, which those on the CPU refuse."""
-    broken = torch.nonzero((count == 0) & (bonus < 0)).flatten().tolist()
+    broken = [b for b, (n, token) in enumerate(zip(count.tolist(), bonus.tolist(), strict=True)) if n == 0 > token]
     if broken:
         raise RuntimeError(
             f"logits of row {broken[0]} must hold something above -inf, and neither NaN nor +inf, at every node that "

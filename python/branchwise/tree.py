@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 from enum import Enum
@@ -80,8 +81,21 @@ class RowTree:
         return len(self.tokens)
 
     def first(self, n: int) -> RowTree:
+        """Its first n nodes, or the fixed ones if those are more."""
         n = max(n, self.fixed)
-        return self if n >= len(self) else self.only(np.arange(len(self)) < n)
+        if n >= len(self):
+            return self
+        cut = copy(self)  # was checked as a whole
+        for name in ("tokens", "parents", "scores", "draft_index", "ids"):
+            value = getattr(self, name)
+            setattr(cut, name, None if value is None else value[:n])
+        return cut
+
+    def named(self, ids: np.ndarray) -> RowTree:
+        """With other ``ids``, and no more nodes fixed than the root."""
+        other = copy(self)
+        other.ids, other.fixed = ids, 1
+        return other
 
     def only(self, keep: np.ndarray) -> RowTree:
         """Without the nodes where bool[n] ``keep`` is False; a node's parent must be kept with it."""

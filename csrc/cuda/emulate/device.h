@@ -174,6 +174,8 @@ inline int32_t add_atomic(int32_t* to, int32_t x) {
   *to += x;
   return before;
 }
+inline void or_atomic(uint32_t* to, uint32_t bits) { *to |= bits; }
+inline void and_atomic(uint32_t* to, uint32_t bits) { *to &= bits; }
 inline int leading_zeros(uint32_t word) { return __builtin_clz(word); }
 inline char* shared_memory() { return emulate::shared(); }
 inline void copy_async(void* to, const void* from, bool valid) { emulate::copy(to, from, valid); }
@@ -204,6 +206,7 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
   emulate::run(grid, threads, shared_bytes, [&] { kernel(arguments...); });
   return 0;
 }
+inline bool is_readable(const void*) { return true; }
 inline const char* describe_error(int) { return "emulated kernel"; }
 
 }  // namespace branchwise::cuda

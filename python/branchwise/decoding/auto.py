@@ -163,7 +163,7 @@ class AutoSession:
             self._calibrate(verified, verified.tree.rows)
 
     def _calibrate(self, verified: Verified, trees: Sequence[RowTree]) -> None:
-        scores, hits = [], []
+        scores, hits, owned = [], [], []
         for b, (tree, sources) in enumerate(zip(trees, self._sources, strict=True)):
             if len(tree) == 1 or not verified.emitted[b] or tree.ids is None:
                 continue
@@ -171,13 +171,15 @@ class AutoSession:
             hit[verified.path(b)] = True
             scores.append(tree.scores[1:])
             hits.append(hit[1:])
-            own = sources[:, tree.ids[1:]] >= 0
-            for d, proposed in zip(self._asked, own, strict=True):
-                self._records[d].drafted += int(proposed.sum())
-                self._records[d].accepted += int(hit[1:][proposed].sum())
-        if scores:
-            with self._lock:
-                self._auto.calibration.observe(np.concatenate(scores), np.concatenate(hits))
+            owned.append(sources[:, tree.ids[1:]] >= 0)
+        if not scores:
+            return
+        accepted, own = np.concatenate(hits), np.concatenate(owned, 1)
+        for d, drafted, kept in zip(self._asked, own.sum(1).tolist(), (own & accepted).sum(1).tolist(), strict=True):
+            self._records[d].drafted += drafted
+            self._records[d].accepted += kept
+        with self._lock:
+            self._auto.calibration.observe(np.concatenate(scores), accepted)
 
     def keep(self, rows: Sequence[int]) -> None:
         self._sources, self._last = [], [self._last[row] for row in rows]

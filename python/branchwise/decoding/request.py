@@ -18,13 +18,36 @@ from transformers.generation.logits_process import (
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from ..target import Processor
 
 # Arguments that plain decoding passes to the model and that a tree decoder supplies itself.
 _OWN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "cache_position"}
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+class Ending:
+    """Whether stopping criteria end a row's text. Transformers' own two are looked at without a tensor: they are asked
+    for every token."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        self._tokens: set[int] = set()
+        self._length = sys.maxsize
+        self._others = StoppingCriteriaList()
+        for criterion in criteria:
+            if type(criterion) is EosTokenCriteria:
+                self._tokens.update(criterion.eos_token_id.flatten().tolist())
+            elif type(criterion) is MaxLengthCriteria:
+                self._length = min(self._length, criterion.max_length)
+            else:
+                self._others.append(criterion)
+
+    def __call__(self, text: Tensor, length: int, token: int) -> bool:
+        """``text``: i64[1, length and more], whose ``length``-th token is ``token``."""
+        if token in self._tokens or length >= self._length:
+            return True
+        return bool(self._others and self._others(text[:, :length], None).all())
 
 
 def check_mode(decoder: str, config: GenerationConfig) -> None:

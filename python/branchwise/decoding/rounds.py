@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import ops
-from ..acceptance import GREEDY, Accepted, Rule
+from ..acceptance import Accepted, Rule
 from ..devices import wait_for
 from ..forward import StoredModel
 from ..graphs import HostReads, Recorder, Recording
@@ -222,11 +222,8 @@ class GraphedRounds:
         kept = _Round(logits if key.keep_logits else None, target.hidden_states if key.keep_hidden else None)
         if key.rule is None:
             return kept
-        if key.rule is GREEDY:
-            uniforms = torch.empty(0, device=lens.device)
-        else:
-            lengths = lens.long() + 1  # of the texts: all but the root is in the store
-            uniforms = key.rule.uniforms(Noise.of(seeds, numbers), lengths, positions - lens[:, None])
+        lengths = lens.long() + 1  # of the texts: all but the root is in the store
+        uniforms = key.rule.uniforms(Noise.of(seeds, numbers), lengths, positions - lens[:, None])
         links = Links(tokens, next_token, next_sibling)
         accepted, count, bonus = key.rule.verify(links, uniforms, logits, key.temperature, None)
         bonus_out, accepted_out, count_out = exchange.verdict_there

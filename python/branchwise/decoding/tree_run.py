@@ -24,7 +24,7 @@ from ..target import Target, fused_temperature, ignores_text
 from ..tree import DrawKind, RowTree, TokenTree
 from .monitor import Monitor
 from .proposals import check_proposals
-from .request import pad_and_stack
+from .request import Ending, pad_and_stack
 from .rounds import GraphedRounds, Outcome, graphs_fit, padded_rows, padded_size
 from .stats import DecodeStats
 from .tree_size import CostModel, TreeSizer
@@ -69,7 +69,8 @@ class TreeRun:
     ) -> None:
         self.rounds = rounds
         self.model, self.config, self.rule, self.processors, self.noise = model, config, rule, processors, noise
-        self.stopping, self.streamer, self.max_nodes = stopping, streamer, max_nodes
+        self.endings = [Ending(criteria) for criteria in stopping]
+        self.streamer, self.max_nodes = streamer, max_nodes
         self.cost, self.sizer, self.monitor, self.enough = cost, sizer, monitor, enough
         self.texts: list[Tensor] = []
         self.lengths: list[int] = []
@@ -258,18 +259,13 @@ class TreeRun:
                 fuse_temperature=self.rule is not GREEDY,
             )
             accepted = self.rule(tree, target, self.uniforms(tree))
-        emitted: list[list[int]] = []
-        for i, row in enumerate(self.rows):
+        emitted: list[list[int]] = [[] for _ in self.rows]
+        paths = [nodes[:n] for nodes, n in zip(accepted.nodes.tolist(), accepted.count.tolist(), strict=True)]
+        for i, (row, path, bonus) in enumerate(zip(self.rows, paths, accepted.bonus.tolist(), strict=True)):
             if self.finished[i]:
-                accepted.count[i] = 0
-                emitted.append([])
                 continue
-            path = accepted.path(i)
             drafted = len(path) - 1
-            tokens = self.emit(i, accepted.tokens(tree, i))
-            emitted.append(tokens)
-            # The last token's KV is not in the store, whether it was drafted or not: it is the next root.
-            accepted.count[i] = len(tokens)
+            tokens = emitted[i] = self.emit(i, [*tree.rows[i].tokens[path[1:]].tolist(), bonus])
             if self.keep_scores and target is not None:
                 self.scores[row] += target.path_scores(i, path)[: len(tokens)]
             if self.sizer is not None:
@@ -278,6 +274,8 @@ class TreeRun:
             self.stats.accepted += min(drafted, len(tokens))
             self.stats.emitted += len(tokens)
             self.stats.accepted_flags[row] += [j < drafted for j in range(len(tokens))]
+        # The last token's KV is not in the store, whether it was drafted or not: it is the next root.
+        accepted.count = torch.tensor([len(tokens) for tokens in emitted], dtype=torch.int32)
         if self.monitor is not None:
             self.monitor.advance(sum(map(len, emitted)))
         return accepted, Verified(
@@ -297,17 +295,16 @@ class TreeRun:
     def emit(self, i: int, tokens: list[int]) -> list[int]:
         """Appends tokens to a row's text until one of them ends it; returns those that were said."""
         row = self.rows[i]
+        begin, text = self.lengths[row], self.texts[row]
+        text[0, begin : begin + len(tokens)] = torch.tensor(tokens)
         for said, token in enumerate(tokens, start=1):
-            self.texts[row][0, self.lengths[row]] = token
-            self.lengths[row] += 1
             if self.streamer is not None:
                 self.streamer.put(torch.tensor([token]))
-            text = self.texts[row][:, : self.lengths[row]]
-            if self.lengths[row] >= self.longest[row] or (
-                self.stopping[row] and bool(self.stopping[row](text, None).all())
-            ):
+            if begin + said >= self.longest[row] or self.endings[row](text, begin + said, token):
                 self.finished[i] = True
-                return tokens[:said]
+                tokens = tokens[:said]
+                break
+        self.lengths[row] += len(tokens)
         return tokens
 
     def drop_finished(self, session: DraftSession) -> None:

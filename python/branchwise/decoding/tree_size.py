@@ -44,27 +44,35 @@ class CostModel:
     def __init__(self) -> None:
         self._classes: dict[int, deque[tuple[int, int, float]]] = {}
         self._clock = 0
+        self._curve: tuple[list[float], np.ndarray] | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
         self._clock += 1
+        self._curve = None
         samples = self._classes.setdefault((tokens - 1).bit_length(), deque(maxlen=_SAMPLES))
         samples.append((self._clock, tokens, seconds))
 
     def seconds(self, tokens: np.ndarray) -> np.ndarray:
         """Estimated seconds; in units of the smallest forward if nothing was measured yet."""
-        sizes, times = [], []
-        for _, samples in sorted(self._classes.items()):
-            recent = [(n, t) for tick, n, t in samples if self._clock - tick < _STALE]
-            if recent:
-                sizes.append(float(np.mean([n for n, _ in recent])))
-                times.append(median(t for _, t in recent))
+        sizes, curve = self._measured()
         if not sizes:
             return 1.0 + _PRIOR_SLOPE * (tokens - 1)
-        # A forward costs no more than a larger one: this corrects a class that only saw a stall.
-        curve = np.minimum.accumulate(times[::-1])[::-1]
         slope = _PRIOR_SLOPE * curve[0]
         below, above = np.minimum(tokens - sizes[0], 0.0), np.maximum(tokens - sizes[-1], 0.0)
         return np.maximum(np.interp(tokens, sizes, curve) + slope * (below + above), 0.3 * curve[0])
+
+    def _measured(self) -> tuple[list[float], np.ndarray]:
+        """Mean size and median seconds of each class; asked several times between two forwards."""
+        if self._curve is None:
+            sizes, times = [], []
+            for _, samples in sorted(self._classes.items()):
+                recent = [(n, t) for tick, n, t in samples if self._clock - tick < _STALE]
+                if recent:
+                    sizes.append(sum(n for n, _ in recent) / len(recent))
+                    times.append(median(t for _, t in recent))
+            # A forward costs no more than a larger one: this corrects a class that only saw a stall.
+            self._curve = sizes, np.minimum.accumulate(times[::-1])[::-1]
+        return self._curve
 
     def state(self) -> list[tuple[int, float]]:
         """The samples, for :meth:`restore`."""

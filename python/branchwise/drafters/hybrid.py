@@ -86,7 +86,7 @@ def as_seen_by(d: int, verified: Verified, names: Sequence[np.ndarray]) -> Verif
     if verified.tree is None or not names:
         return verified
     tree = copy.copy(verified.tree)
-    tree.rows = [replace(row, ids=own[d, row.ids], fixed=1) for row, own in zip(verified.tree.rows, names, strict=True)]
+    tree.rows = [row.named(own[d, row.ids]) for row, own in zip(verified.tree.rows, names, strict=True)]
     return replace(verified, tree=tree)
 
 
@@ -95,7 +95,7 @@ def foreign(verified: Verified) -> Verified:
     if verified.tree is None:
         return verified
     tree = copy.copy(verified.tree)
-    tree.rows = [replace(row, ids=np.full(len(row), FOREIGN, np.int32), fixed=1) for row in verified.tree.rows]
+    tree.rows = [row.named(np.full(len(row), FOREIGN, np.int32)) for row in verified.tree.rows]
     return replace(verified, tree=tree)
 
 
