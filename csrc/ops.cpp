@@ -13,8 +13,7 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, Tensor? "
       "tree_mask=None, "
       "Tensor? page_table=None, float? scale=None, int window=0, Tensor? sinks=None, float "
-      "softcap=0.) -> (Tensor, "
-      "Tensor)");
+      "softcap=0., Tensor? key_scale=None, Tensor? value_scale=None) -> (Tensor, Tensor)");
   m.def(
       "cascade_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, "
       "Tensor page_table, Tensor? tree_mask=None, float? scale=None, int window=0, Tensor? "
@@ -25,7 +24,8 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "indices=None, Tensor? counts=None, int unit=1, Tensor? segment_offsets=None, Tensor? "
       "sink_sizes=None, Tensor? recent_sizes=None, Tensor? tree_mask=None, Tensor? "
       "page_table=None, "
-      "float? scale=None, Tensor? sinks=None, float softcap=0.) -> (Tensor, Tensor)");
+      "float? scale=None, Tensor? sinks=None, float softcap=0., Tensor? key_scale=None, Tensor? "
+      "value_scale=None) -> (Tensor, Tensor)");
   m.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, "
       "Tensor)");
@@ -74,7 +74,8 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
   m.def(
       "append_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor "
       "seq_lens, Tensor? "
-      "page_table=None, Tensor? cos=None, Tensor? sin=None) -> ()");
+      "page_table=None, Tensor? cos=None, Tensor? sin=None, Tensor? key_scale=None, Tensor? "
+      "value_scale=None) -> ()");
   m.def(
       "commit_kv(Tensor(a!)[] caches, Tensor accepted, Tensor num_accepted, Tensor seq_lens, "
       "Tensor? page_table=None) "

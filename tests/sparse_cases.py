@@ -46,6 +46,7 @@ CASES = [
     Sparse(MANY, ranges=True),
     Sparse(MANY, "head", segments=20),
     Sparse(MANY, "token", segments=9, ranges=True),
+    Sparse(Case(B=2, Hq=4, Hkv=2, T=2, prefix=900), "head", segments=300),
     Sparse(Case(T=40, Hq=6, Hkv=2, B=2, prefix=300, page_size=16, sinks=True, softcap=3.0), "token", unit=16),
     Sparse(Case(T=40, Hq=6, Hkv=2, B=2, prefix=300), ranges=True),
     Sparse(Case(T=40, Hq=6, Hkv=2, B=2, prefix=20), ranges=True),

@@ -112,12 +112,13 @@ struct AttentionArgs {
   const void* key_cache;
   const void* value_cache;
   KvLayout key_layout, value_layout;
-  DType type;                // of query, caches and out
-  void* out;                 // [B, Hq, T, D] contiguous
-  float* lse;                // [B, Hq, T] contiguous
-  const int64_t* tree_mask;  // [B, N, W] or nullptr for causal
-  const int32_t* depths;     // [B, N] depth of every node; given with tree_mask
-  const float* sinks;        // [Hq] or nullptr
+  DType type;  // of query and out, and of the caches but for those in e4m3
+  const float *key_scale, *value_scale;  // [Hkv], what e4m3 values stand for; null: not in e4m3
+  void* out;                             // [B, Hq, T, D] contiguous
+  float* lse;                            // [B, Hq, T] contiguous
+  const int64_t* tree_mask;              // [B, N, W] or nullptr for causal
+  const int32_t* depths;                 // [B, N] depth of every node; given with tree_mask
+  const float* sinks;                    // [Hq] or nullptr
   int64_t Hq, Hkv, T, W, D;
   int64_t N;             // nodes in the slots after P; the T queries are the last of them
   float scale, softcap;  // softcap 0: none

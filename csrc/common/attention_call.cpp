@@ -38,12 +38,10 @@ void check_mask(const char* op, const int64_t* mask, int64_t B, int64_t N, int64
 
 AttentionCall check_attention(const char* op, const AttentionInputs& in) {
   const auto& [query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks,
-               softcap, window] = in;
+               softcap, window, key_scale, value_scale] = in;
   check_dim(op, "query", query, 4, "[B, Hq, T, D]");
   check_float_dtype(op, "query", query);
   check_last_contiguous(op, "query", query);
-  check_dtype(op, "key_cache", key_cache, query.scalar_type());
-  check_dtype(op, "value_cache", value_cache, query.scalar_type());
   const int64_t B = query.size(0), Hq = query.size(1), T = query.size(2), D = query.size(3);
   BW_CHECK(D >= 1 && D <= kMaxHeadDim, op, ": query.size(3) = ", D,
            " must be a head dim between 1 and ", kMaxHeadDim);
@@ -52,6 +50,8 @@ AttentionCall check_attention(const char* op, const AttentionInputs& in) {
   call.B = B;
   CacheShape& shape = call.shape = check_cache(op, "key_cache", key_cache, B, page_table);
   check_cache(op, "value_cache", value_cache, B, page_table);
+  const CacheScales scales = check_scales(op, key_cache, value_cache, query.scalar_type(),
+                                          shape.Hkv, key_scale, value_scale);
   check_size(op, "key_cache", key_cache, 3, D, "D of query");
   check_size(op, "value_cache", value_cache, 3, D, "D of query");
   BW_CHECK(shape.Hkv > 0 && Hq % shape.Hkv == 0, op, ": query heads Hq = ", Hq,
@@ -97,6 +97,8 @@ AttentionCall check_attention(const char* op, const AttentionInputs& in) {
   args.key_layout = layout_of(key_cache, page_table);
   args.value_layout = layout_of(value_cache, page_table);
   args.type = dtype_of(query.scalar_type());
+  args.key_scale = scales.key;
+  args.value_scale = scales.value;
   args.Hq = Hq;
   args.Hkv = shape.Hkv;
   args.T = T;

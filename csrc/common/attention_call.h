@@ -17,6 +17,7 @@ struct AttentionInputs {
   std::optional<Tensor> sinks;
   double softcap;
   bool window;  // positions matter
+  std::optional<Tensor> key_scale = std::nullopt, value_scale = std::nullopt;
 };
 
 // A checked call, all but for what each row attends to.

@@ -39,6 +39,31 @@ inline CacheShape check_cache(const char* op, const char* name, const Tensor& ca
           cache.size(2), cache.size(0)};
 }
 
+// Caches of the dtype `type`, or in float8_e4m3fn with factors f32[Hkv] for keys and for values.
+struct CacheScales {
+  const float *key, *value;  // null: of that dtype
+};
+inline CacheScales check_scales(const char* op, const Tensor& key_cache, const Tensor& value_cache,
+                                ScalarType type, int64_t Hkv,
+                                const std::optional<Tensor>& key_scale,
+                                const std::optional<Tensor>& value_scale) {
+  BW_CHECK(key_scale.has_value() == value_scale.has_value(), op,
+           ": key_scale and value_scale must be given together");
+  const ScalarType wanted = key_scale ? ScalarType::Float8_e4m3fn : type;
+  check_dtype(op, "key_cache", key_cache, wanted);
+  check_dtype(op, "value_cache", value_cache, wanted);
+  if (!key_scale) return {nullptr, nullptr};
+  for (const auto& [name, scale] :
+       {std::pair{"key_scale", &*key_scale}, {"value_scale", &*value_scale}}) {
+    check_dim(op, name, *scale, 1, "[Hkv]");
+    check_size(op, name, *scale, 0, Hkv, "Hkv");
+    check_dtype(op, name, *scale, ScalarType::Float);
+    check_contiguous(op, name, *scale);
+  }
+  return {static_cast<const float*>(key_scale->const_data_ptr()),
+          static_cast<const float*>(value_scale->const_data_ptr())};
+}
+
 inline KvLayout layout_of(const Tensor& cache, const std::optional<Tensor>& page_table) {
   KvLayout layout{cache.stride(0), cache.stride(1), cache.stride(2), nullptr, 0, 0, 1};
   if (page_table) {

@@ -8,15 +8,16 @@ namespace branchwise {
 AppendCall check_append(const char* op, const Tensor& key, const Tensor& value,
                         const Tensor& key_cache, const Tensor& value_cache, const Tensor& seq_lens,
                         const std::optional<Tensor>& page_table, const std::optional<Tensor>& cos,
-                        const std::optional<Tensor>& sin) {
+                        const std::optional<Tensor>& sin, const std::optional<Tensor>& key_scale,
+                        const std::optional<Tensor>& value_scale) {
   check_dim(op, "key", key, 4, "[B, Hkv, T, D]");
   check_dim(op, "value", value, 4, "[B, Hkv, T, D]");
   check_float_dtype(op, "key", key);
   check_dtype(op, "value", value, key.scalar_type());
   check_last_contiguous(op, "key", key);
   check_last_contiguous(op, "value", value);
-  check_dtype(op, "key_cache", key_cache, key.scalar_type());
-  check_dtype(op, "value_cache", value_cache, key.scalar_type());
+  const CacheScales scales = check_scales(op, key_cache, value_cache, key.scalar_type(),
+                                          key.size(1), key_scale, value_scale);
   const int64_t B = key.size(0), Hkv = key.size(1), T = key.size(2);
   for (int i = 0; i < 3; ++i) check_size(op, "value", value, i, key.size(i), "that of key");
 
@@ -55,7 +56,7 @@ AppendCall check_append(const char* op, const Tensor& key, const Tensor& value,
     rope.R = a.size(2);
     rope.angle_type = dtype_of(a.scalar_type());
   }
-  return {lens, rope};
+  return {lens, rope, scales};
 }
 
 CommitCall check_commit(const char* op, const std::vector<Tensor>& caches, const Tensor& accepted,
@@ -83,7 +84,8 @@ CommitCall check_commit(const char* op, const std::vector<Tensor>& caches, const
   RowLens lens{};
   for (size_t i = 0; i < caches.size(); ++i) {
     const std::string name = "caches[" + std::to_string(i) + "]";
-    check_float_dtype(op, name.c_str(), caches[i]);
+    if (caches[i].scalar_type() != ScalarType::Float8_e4m3fn)
+      check_float_dtype(op, name.c_str(), caches[i]);
     const CacheShape shape = check_cache(op, name.c_str(), caches[i], B, page_table);
     lens = check_seq_lens(op, seq_lens, B, 0, shape);
     const KvLayout layout = layout_of(caches[i], page_table);

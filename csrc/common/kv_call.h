@@ -9,18 +9,16 @@
 
 namespace branchwise {
 
-inline int64_t element_size(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Float ? 4 : 2;
-}
-
 struct AppendCall {
   RowLens lens;
   RopeArgs rope;  // R = 0 without angles
+  CacheScales scales;
 };
 AppendCall check_append(const char* op, const Tensor& key, const Tensor& value,
                         const Tensor& key_cache, const Tensor& value_cache, const Tensor& seq_lens,
                         const std::optional<Tensor>& page_table, const std::optional<Tensor>& cos,
-                        const std::optional<Tensor>& sin);
+                        const std::optional<Tensor>& sin, const std::optional<Tensor>& key_scale,
+                        const std::optional<Tensor>& value_scale);
 
 struct CommitCall {
   RowLens lens;

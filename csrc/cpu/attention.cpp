@@ -1,11 +1,16 @@
 // tree_attention, sparse_attention and merge_attention: what each row attends to.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "common/e4m3.h"
 #include "cpu/attend.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
@@ -92,6 +97,14 @@ void check_place_pages(const char* op, const AttentionCall& call, const Places& 
   check(p.new_slot, p.new_slot + call.args.N);
 }
 
+bool page_exists(const AttentionCall& call, int64_t row, int64_t head, int64_t slot) {
+  const KvLayout& layout = call.args.key_layout;
+  if (layout.page_table == nullptr) return true;
+  const int64_t at = row * layout.table_stride + head * layout.table_head_stride;
+  const int32_t page = layout.page_table[at + slot / call.shape.page_size];
+  return page >= 0 && page < call.shape.pages;
+}
+
 // Whether the page table holds nothing but pages up to slot `end`: then no place needs a look.
 bool all_pages_exist(const AttentionCall& call, int64_t row, int64_t head, int64_t end) {
   const KvLayout& layout = call.args.key_layout;
@@ -104,16 +117,60 @@ bool all_pages_exist(const AttentionCall& call, int64_t row, int64_t head, int64
   return exist;
 }
 
+// Caches in e4m3 as whole caches of the query's type: right, and slow. Returns what must live as
+// long as the call.
+std::vector<Tensor> dequantise(AttentionCall& call, const AttentionInputs& in) {
+  if (!in.key_scale) return {};
+  std::vector<Tensor> held;
+  const int64_t Hkv = call.shape.Hkv;
+  for (const bool keys : {true, false}) {
+    const Tensor& cache = keys ? in.key_cache : in.value_cache;
+    const float* scale = keys ? call.args.key_scale : call.args.value_scale;
+    const std::array<int64_t, 4> sizes{cache.size(0), cache.size(1), cache.size(2), cache.size(3)};
+    Tensor whole = empty<4>(sizes, in.query.scalar_type());
+    std::memset(whole.mutable_data_ptr(), 0, whole.numel() * whole.element_size());
+    const KvLayout from = layout_of(cache, in.page_table), to = layout_of(whole, in.page_table);
+    const auto* source = static_cast<const uint8_t*>(cache.const_data_ptr());
+    torch::stable::parallel_for(0, call.B * Hkv, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / Hkv, h = i % Hkv, slots = call.lens.at(b, h) + call.args.N;
+        for (int64_t slot = 0; slot < slots; ++slot) {
+          if (!page_exists(call, b, h, slot)) continue;  // of slots that nobody attends to
+          const uint8_t* row = source + from.offset(b, h, slot);
+          const int64_t at = to.offset(b, h, slot);
+          for (int64_t d = 0; d < sizes[3]; ++d) {
+            const float value = from_e4m3(row[d]) * scale[h];
+            if (call.args.type == DType::f32)
+              static_cast<float*>(whole.mutable_data_ptr())[at + d] = value;
+            else if (call.args.type == DType::bf16)
+              static_cast<c10::BFloat16*>(whole.mutable_data_ptr())[at + d] = value;
+            else
+              static_cast<c10::Half*>(whole.mutable_data_ptr())[at + d] = value;
+          }
+        }
+      }
+    });
+    (keys ? call.args.key_cache : call.args.value_cache) = whole.const_data_ptr();
+    (keys ? call.args.key_layout : call.args.value_layout) = to;
+    held.push_back(whole);
+  }
+  call.args.key_scale = call.args.value_scale = nullptr;
+  return held;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor value_cache,
                                           Tensor seq_lens, std::optional<Tensor> tree_mask,
                                           std::optional<Tensor> page_table,
                                           std::optional<double> scale, int64_t window,
-                                          std::optional<Tensor> sinks, double softcap) {
+                                          std::optional<Tensor> sinks, double softcap,
+                                          std::optional<Tensor> key_scale,
+                                          std::optional<Tensor> value_scale) {
   const char* op = "tree_attention";
-  AttentionCall call = check_attention(op, {query, key_cache, value_cache, seq_lens, tree_mask,
-                                            page_table, scale, sinks, softcap, window > 0});
+  const AttentionInputs in{query, key_cache, value_cache, seq_lens,   tree_mask, page_table,
+                           scale, sinks,     softcap,     window > 0, key_scale, value_scale};
+  AttentionCall call = check_attention(op, in);
   check_window(op, call, window);
   check_all_pages(op, call.args.key_layout, call.shape, call.lens, call.B, call.args.N);
   std::vector<Places> places;
@@ -121,6 +178,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   for (int64_t b = 0; b < call.B; ++b)
     for (int64_t h = 0; h < call.args.Hkv; ++h)
       places.push_back(dense_places(call.lens.at(b, h), window));
+  const auto held = dequantise(call, in);
   return run_attention(call, places, false);
 }
 
@@ -130,11 +188,12 @@ std::tuple<Tensor, Tensor> sparse_attention(
     std::optional<Tensor> segment_offsets, std::optional<Tensor> sink_sizes,
     std::optional<Tensor> recent_sizes, std::optional<Tensor> tree_mask,
     std::optional<Tensor> page_table, std::optional<double> scale, std::optional<Tensor> sinks,
-    double softcap) {
+    double softcap, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
   const char* op = "sparse_attention";
-  AttentionCall call =
-      check_attention(op, {query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale,
-                           sinks, softcap, recent_sizes.has_value()});
+  const AttentionInputs in{query,      key_cache,  value_cache, seq_lens, tree_mask,
+                           page_table, scale,      sinks,       softcap,  recent_sizes.has_value(),
+                           key_scale,  value_scale};
+  AttentionCall call = check_attention(op, in);
   const Ranges ranges = check_ranges(op, call, sink_sizes, recent_sizes);
   Expanded expanded;
   const Lists lists = check_lists(op, call, indices, counts, unit, segment_offsets,
@@ -158,6 +217,7 @@ std::tuple<Tensor, Tensor> sparse_attention(
         if (t == 0) complete[h] = all_pages_exist(call, b, h, call.lens.at(b, h) + call.args.N);
         if (!complete[h]) check_place_pages(op, call, places.back(), b, h);
       }
+  const auto held = dequantise(call, in);
   return run_attention(call, places, per_token);
 }
 

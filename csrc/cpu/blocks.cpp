@@ -90,9 +90,8 @@ std::tuple<Tensor, Tensor> draft_blocks(Tensor window, Tensor tokens, Tensor sco
 Tensor verify_blocks(Tensor drafts, Tensor num_drafts, Tensor tokens, Tensor scores, Tensor origins,
                      Tensor counts, int64_t mask_id, int64_t block_size, int64_t rule,
                      double level) {
-  const BlockSteps steps =
-      check_verify_blocks("verify_blocks", drafts, num_drafts, tokens, scores, origins, counts,
-                          mask_id, block_size, rule, level);
+  const BlockSteps steps = check_verify_blocks("verify_blocks", drafts, num_drafts, tokens, scores,
+                                               origins, counts, mask_id, block_size, rule, level);
   const auto [B, W, K] = std::tuple{steps.B, steps.W, steps.K};
   const int32_t* num = data_of<int32_t>(num_drafts);
   Tensor accepted = empty<1>({B}, ScalarType::Int);

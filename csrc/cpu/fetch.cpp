@@ -57,7 +57,8 @@ struct Side {
 };
 
 // Brings the pages of one row and head in; returns how many were copied.
-int32_t move_pages(const FetchCall& f, const Side (&sides)[2], int64_t b, int64_t h, Wanted& wanted) {
+int32_t move_pages(const FetchCall& f, const Side (&sides)[2], int64_t b, int64_t h,
+                   Wanted& wanted) {
   const int64_t at = b * f.Hkv + h;
   int32_t* table = f.table + at * f.table_pages;
   int32_t* owner = f.owners + at * f.slots;

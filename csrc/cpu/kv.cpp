@@ -1,21 +1,45 @@
 // append_kv and commit_kv: the two writers of a KV cache.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstring>
 #include <vector>
 
+#include "common/e4m3.h"
 #include "common/kv_call.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/rope_kernel.h"
 
 namespace branchwise {
+namespace {
+
+float element_at(DType type, const char* row, int64_t i) {
+  switch (type) {
+    case DType::f32:
+      return reinterpret_cast<const float*>(row)[i];
+    case DType::bf16:
+      return reinterpret_cast<const c10::BFloat16*>(row)[i];
+    default:
+      return reinterpret_cast<const c10::Half*>(row)[i];
+  }
+}
+
+void quantise(DType type, const char* row, int64_t D, float scale, char* out) {
+  for (int64_t d = 0; d < D; ++d)
+    out[d] = static_cast<char>(to_e4m3(element_at(type, row, d) / scale));
+}
+
+}  // namespace
+
 void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
                std::optional<Tensor> page_table, std::optional<Tensor> cos,
-               std::optional<Tensor> sin) {
+               std::optional<Tensor> sin, std::optional<Tensor> key_scale,
+               std::optional<Tensor> value_scale) {
   const char* op = "append_kv";
-  const AppendCall call =
-      check_append(op, key, value, key_cache, value_cache, seq_lens, page_table, cos, sin);
+  const AppendCall call = check_append(op, key, value, key_cache, value_cache, seq_lens, page_table,
+                                       cos, sin, key_scale, value_scale);
   const RowLens& lens = call.lens;
   const RopeArgs& rope = call.rope;
   const int64_t B = key.size(0), Hkv = key.size(1), T = key.size(2);
@@ -25,29 +49,34 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
   // Address of the angles of token t of row b.
   const auto angles_at = [&](const Tensor& a, int64_t b, int64_t t) {
     const int64_t at = (a.size(0) == 1 ? 0 : b * a.stride(0)) + t * a.stride(1);
-    return static_cast<const char*>(a.const_data_ptr()) + at * element_size(a);
+    return static_cast<const char*>(a.const_data_ptr()) + at * a.element_size();
   };
 
-  const int64_t bytes = element_size(key);
+  const int64_t bytes = key.element_size(), cache_bytes = key_cache.element_size();
   for (int i = 0; i < 2; ++i) {
     const bool rotated = i == 0 && cos.has_value();
+    const float* scale = i == 0 ? call.scales.key : call.scales.value;
+    const int64_t D = from[i]->size(3);
     const KvLayout layout = layout_of(*to[i], page_table);
     const char* source = static_cast<const char*>(from[i]->const_data_ptr());
     char* target = static_cast<char*>(to[i]->mutable_data_ptr());
     const int64_t s0 = from[i]->stride(0), s1 = from[i]->stride(1), s2 = from[i]->stride(2);
-    const int64_t row_bytes = from[i]->size(3) * bytes;
+    const int64_t row_bytes = D * bytes;
     // A long prompt is worth the threads, a few tokens are not.
     const int64_t grain = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, T * row_bytes));
     torch::stable::parallel_for(0, B * Hkv, grain, [&](int64_t begin, int64_t end) {
+      std::vector<char> turned(scale != nullptr ? row_bytes : 0);
       for (int64_t bh = begin; bh < end; ++bh) {
         const int64_t b = bh / Hkv, h = bh % Hkv;
         for (int64_t t = 0; t < T; ++t) {
-          char* to = target + layout.offset(b, h, lens.at(b, h) + t) * bytes;
+          char* to = target + layout.offset(b, h, lens.at(b, h) + t) * cache_bytes;
           const char* row = source + (b * s0 + h * s1 + t * s2) * bytes;
+          char* whole = scale != nullptr ? turned.data() : to;
           if (rotated)
-            kernels.rotate_row(rope, row, angles_at(*cos, b, t), angles_at(*sin, b, t), to);
+            kernels.rotate_row(rope, row, angles_at(*cos, b, t), angles_at(*sin, b, t), whole);
           else
-            std::memcpy(to, row, row_bytes);
+            std::memcpy(whole, row, row_bytes);
+          if (scale != nullptr) quantise(rope.type, whole, D, scale[h], to);
         }
       }
     });
@@ -65,7 +94,7 @@ Tensor commit_kv(std::vector<Tensor> caches, Tensor accepted, Tensor num_accepte
 
   for (const Tensor& cache : caches) {
     const KvLayout layout = layout_of(cache, page_table);
-    const int64_t bytes = element_size(cache), row_bytes = cache.size(3) * bytes;
+    const int64_t bytes = cache.element_size(), row_bytes = cache.size(3) * bytes;
     const int64_t Hkv = layout.table_head_stride ? page_table->size(1) : cache.size(1);
     char* data = static_cast<char*>(cache.mutable_data_ptr());
     for (int64_t b = 0; b < B; ++b)

@@ -89,8 +89,7 @@ std::tuple<Tensor, Tensor> top_tokens(Tensor logits, int64_t k, std::optional<Te
         Workspace w;
         for (int64_t row = begin; row < end; ++row) {
           const double log_sum =
-              search(
-              kernels, {call.data + row * call.row_bytes, call.type, V, kLog2e}, count, w);
+              search(kernels, {call.data + row * call.row_bytes, call.type, V, kLog2e}, count, w);
           int64_t j = 0;
           for (const Candidate& c : w.best) {
             if (std::find(call.exclude, call.exclude + call.E, c.token) != call.exclude + call.E)

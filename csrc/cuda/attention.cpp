@@ -10,15 +10,18 @@
 
 #include "common/attention_call.h"
 #include "cuda/kernels/merge_attention.cuh"
+#include "cuda/kernels/segments.cuh"
 #include "cuda/stream.h"
 
 namespace branchwise {
 namespace {
 
+// Rows of 16-byte pieces, the last of which may reach beyond D in no row.
 bool on_16_bytes(const Tensor& t) {
+  const int64_t piece = 16 / static_cast<int64_t>(t.element_size());
   bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) aligned &= t.size(i) == 1 || t.stride(i) % 8 == 0;
-  return aligned;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) aligned &= t.size(i) == 1 || t.stride(i) % piece == 0;
+  return aligned && t.size(t.dim() - 1) % piece == 0;
 }
 
 // launch: but for what is common to both ops.
@@ -46,8 +49,10 @@ std::tuple<Tensor, Tensor> run(const char* op, cuda::AttentionLaunch launch,
   shape.D = a.D;
   shape.most_places = std::min(most_prefix, call.shape.capacity) + a.N;
   shape.per_token = launch.lists.tokens > 1;
-  shape.aligned = a.type != DType::f32 && a.D % 8 == 0 && on_16_bytes(in.query) &&
-                  on_16_bytes(in.key_cache) && on_16_bytes(in.value_cache);
+  shape.aligned = a.type != DType::f32 && on_16_bytes(in.query) && on_16_bytes(in.key_cache) &&
+                  on_16_bytes(in.value_cache);
+  shape.eight_bits = in.key_scale.has_value();
+  if (shape.eight_bits && a.type != DType::bf16) shape.aligned = false;
   const cuda::AttentionPlan plan = cuda::plan_attention(shape);
   launch.rows = plan.rows;
   launch.blocks = plan.blocks;
@@ -70,7 +75,9 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor key_cache, T
                                                Tensor seq_lens, std::optional<Tensor> tree_mask,
                                                std::optional<Tensor> page_table,
                                                std::optional<double> scale, int64_t window,
-                                               std::optional<Tensor> sinks, double softcap) {
+                                               std::optional<Tensor> sinks, double softcap,
+                                               std::optional<Tensor> key_scale,
+                                               std::optional<Tensor> value_scale) {
   const char* op = "tree_attention";
   const OnDevice device(op, query,
                         {{"key_cache", &key_cache},
@@ -78,9 +85,11 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor key_cache, T
                          {"seq_lens", &seq_lens},
                          {"tree_mask", if_given(tree_mask)},
                          {"page_table", if_given(page_table)},
-                         {"sinks", if_given(sinks)}});
-  const AttentionInputs in{query,      key_cache, value_cache, seq_lens, tree_mask,
-                           page_table, scale,     sinks,       softcap,  window > 0};
+                         {"sinks", if_given(sinks)},
+                         {"key_scale", if_given(key_scale)},
+                         {"value_scale", if_given(value_scale)}});
+  const AttentionInputs in{query, key_cache, value_cache, seq_lens,   tree_mask, page_table,
+                           scale, sinks,     softcap,     window > 0, key_scale, value_scale};
   const AttentionCall call = check_attention(op, in);
   check_window(op, call, window);
   cuda::AttentionLaunch launch{};
@@ -118,7 +127,7 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(
     std::optional<Tensor> segment_offsets, std::optional<Tensor> sink_sizes,
     std::optional<Tensor> recent_sizes, std::optional<Tensor> tree_mask,
     std::optional<Tensor> page_table, std::optional<double> scale, std::optional<Tensor> sinks,
-    double softcap) {
+    double softcap, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
   const char* op = "sparse_attention";
   const OnDevice device(op, query,
                         {{"key_cache", &key_cache},
@@ -131,17 +140,41 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(
                          {"recent_sizes", if_given(recent_sizes)},
                          {"tree_mask", if_given(tree_mask)},
                          {"page_table", if_given(page_table)},
-                         {"sinks", if_given(sinks)}});
-  const AttentionInputs in{query,      key_cache, value_cache, seq_lens, tree_mask,
-                           page_table, scale,     sinks,       softcap,  recent_sizes.has_value()};
+                         {"sinks", if_given(sinks)},
+                         {"key_scale", if_given(key_scale)},
+                         {"value_scale", if_given(value_scale)}});
+  const AttentionInputs in{query,      key_cache,  value_cache, seq_lens, tree_mask,
+                           page_table, scale,      sinks,       softcap,  recent_sizes.has_value(),
+                           key_scale,  value_scale};
   const AttentionCall call = check_attention(op, in);
-  BW_CHECK(!segment_offsets, op, ": segment_offsets must be None on CUDA: list slots instead");
   cuda::AttentionLaunch launch{};
   launch.sparse = true;
   launch.ranges = check_ranges(op, call, sink_sizes, recent_sizes);
   launch.lists =
       check_list_shapes(op, call, indices, counts, unit, segment_offsets, sink_sizes.has_value());
-  const int64_t most = sink_sizes ? call.shape.capacity : launch.lists.width * unit;
+  const int64_t most =
+      sink_sizes || segment_offsets ? call.shape.capacity : launch.lists.width * unit;
+  if (!segment_offsets || call.empty()) return run(op, launch, call, in, device, most);
+  Lists& lists = launch.lists;
+  const int64_t all = call.B * lists.tokens * lists.heads;
+  Tensor slots = torch::stable::new_empty(*indices, {all, most});
+  Tensor num_slots = torch::stable::new_empty(*indices, {all});
+  const cuda::SegmentsLaunch segments{
+      lists.indices,
+      lists.counts,
+      static_cast<const int32_t*>(segment_offsets->const_data_ptr()),
+      call.B,
+      lists.tokens,
+      lists.heads,
+      lists.width,
+      segment_offsets->size(2) - 1,
+      most,
+      static_cast<int32_t*>(slots.mutable_data_ptr()),
+      static_cast<int32_t*>(num_slots.mutable_data_ptr())};
+  check_launch(op, cuda::expand_segments(segments, device.stream()));
+  lists.indices = segments.slots;
+  lists.counts = segments.num_slots;
+  lists.width = most;
   return run(op, launch, call, in, device, most);
 }
 

@@ -54,11 +54,10 @@ Tensor verify_blocks_cuda(Tensor drafts, Tensor num_drafts, Tensor tokens, Tenso
                          {"counts", &counts}});
   check_window(op, steps.W);
   Tensor accepted = torch::stable::new_empty(drafts, {steps.B}, ScalarType::Int);
-  check_launch(op,
-               cuda::verify_blocks({steps, static_cast<const int64_t*>(drafts.const_data_ptr()),
-                                    static_cast<const int32_t*>(num_drafts.const_data_ptr()),
-                                    static_cast<int32_t*>(accepted.mutable_data_ptr())},
-                                   device.stream()));
+  check_launch(op, cuda::verify_blocks({steps, static_cast<const int64_t*>(drafts.const_data_ptr()),
+                                        static_cast<const int32_t*>(num_drafts.const_data_ptr()),
+                                        static_cast<int32_t*>(accepted.mutable_data_ptr())},
+                                       device.stream()));
   return accepted;
 }
 

@@ -6,6 +6,7 @@
 
 #include "common/device.h"
 #include "common/dtype.h"
+#include "common/e4m3.h"
 
 #if defined(BW_EMULATE)
 #include "cuda/emulate/device.h"
@@ -131,6 +132,27 @@ __device__ inline void multiply<half>(float (&c)[4], const uint32_t (&a)[4], uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Four e4m3 values as two pairs.
+template <typename T>
+__device__ inline void unpack_e4m3(uint32_t four, uint32_t (&pairs)[2]) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t halves[2];
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n\tcvt.rn.f16x2.e4m3x2 %1, high;\n\t}"
+      : "=r"(halves[0]), "=r"(halves[1])
+      : "r"(four));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&halves[i]));
+    pairs[i] = pack<T>(both.x, both.y);
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    pairs[i] = pack<T>(from_e4m3(four >> (16 * i) & 0xff), from_e4m3(four >> (16 * i + 8) & 0xff));
+#endif
+}
+
 // Returns the CUDA error code of the launch.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, void* stream,
@@ -166,6 +188,13 @@ inline const char* describe_error(int code) {
 namespace branchwise::cuda {
 
 constexpr int kWarp = 32;
+
+// An element of a cache in e4m3; what it stands for is this times a factor.
+struct E4m3 {
+  uint8_t bits;
+};
+__device__ inline float to_float(E4m3 x) { return from_e4m3(x.bits); }
+__device__ inline void from_float(float x, E4m3* out) { out->bits = to_e4m3(x); }
 
 template <typename T>
 __device__ T warp_sum(T value) {

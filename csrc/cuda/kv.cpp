@@ -15,7 +15,8 @@
 namespace branchwise {
 void append_kv_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
                     std::optional<Tensor> page_table, std::optional<Tensor> cos,
-                    std::optional<Tensor> sin) {
+                    std::optional<Tensor> sin, std::optional<Tensor> key_scale,
+                    std::optional<Tensor> value_scale) {
   const char* op = "append_kv";
   const OnDevice device(op, key,
                         {{"value", &value},
@@ -24,15 +25,19 @@ void append_kv_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor value_cac
                          {"seq_lens", &seq_lens},
                          {"page_table", if_given(page_table)},
                          {"cos", if_given(cos)},
-                         {"sin", if_given(sin)}});
-  const AppendCall call =
-      check_append(op, key, value, key_cache, value_cache, seq_lens, page_table, cos, sin);
+                         {"sin", if_given(sin)},
+                         {"key_scale", if_given(key_scale)},
+                         {"value_scale", if_given(value_scale)}});
+  const AppendCall call = check_append(op, key, value, key_cache, value_cache, seq_lens, page_table,
+                                       cos, sin, key_scale, value_scale);
   cuda::AppendLaunch launch{};
   launch.B = key.size(0);
   launch.Hkv = key.size(1);
   launch.T = key.size(2);
   launch.lens = cuda::lengths_of(call.lens);
   launch.rope = call.rope;
+  launch.scale[0] = call.scales.key;
+  launch.scale[1] = call.scales.value;
   const Tensor* from[] = {&key, &value};
   const Tensor* to[] = {&key_cache, &value_cache};
   for (int i = 0; i < 2; ++i) {

@@ -17,6 +17,9 @@ AttentionPlan plan_attention(const AttentionShape& shape) {
   const int64_t rows_together = shape.per_token ? shape.G : shape.G * shape.T;
   for (const int head_dim : {64, 96, 128, 256})
     if (shape.aligned && plan.head_dim == 0 && shape.D <= head_dim) plan.head_dim = head_dim;
+  if (shape.eight_bits)  // fewer instances
+    plan.head_dim = !shape.aligned || shape.D > 128 ? 0 : shape.D <= 64 ? 64 : 128;
+  plan.eight_bits = shape.eight_bits;
   if (plan.head_dim == 0) {
     plan.warps_m = 4;
     plan.warps_k = 1;
@@ -28,7 +31,7 @@ AttentionPlan plan_attention(const AttentionShape& shape) {
     plan.warps_m = rows_together <= 16 ? 1 : rows_together <= 32 || wide ? 2 : 4;
     plan.warps_k = 4 / plan.warps_m;
     plan.rows = 16 * plan.warps_m;
-    plan.shared_bytes = shared_bytes(plan.head_dim, plan.rows);
+    plan.shared_bytes = shared_bytes(plan.head_dim, plan.rows, plan.eight_bits);
   }
   const int64_t of_together = (rows_together + plan.rows - 1) / plan.rows;
   plan.blocks = shape.per_token ? shape.T * of_together : of_together;

@@ -16,6 +16,7 @@ struct AttentionPlan {
   int head_dim;          // the kernel's, at least D; 0: the plain kernel, a warp per row
   int warps_m, warps_k;  // of the matrix kernel: over rows and over the places of a tile
   int rows;              // packed rows of a block
+  bool eight_bits;       // the kernel of caches in e4m3
   int64_t blocks;        // per KV head
   int64_t most_splits;   // of a row's places, however many it has
   int64_t splits;        // that a row of this cache can have: the grid
@@ -31,6 +32,7 @@ struct AttentionShape {
   int64_t most_places;  // that a row can have, with its nodes
   bool per_token;       // lists of places per token
   bool aligned;         // 16-bit elements, all rows on 16 bytes
+  bool eight_bits;      // caches in e4m3; aligned: of bf16 queries only
 };
 
 // Elements between the rows of a tile in shared memory: whole bank rows of 128 bytes.
@@ -42,8 +44,11 @@ BW_HOST_DEVICE constexpr int stage_count(int head_dim) {
 }
 // What a block knows of its rows and places (BlockView), besides.
 constexpr int kBlockViewBytes = 3840;
-BW_HOST_DEVICE constexpr int shared_bytes(int head_dim, int rows) {
-  return (rows + stage_count(head_dim) * 2 * kTile) * row_pitch(head_dim) * 2 + kBlockViewBytes;
+// Of caches in e4m3, tiles arrive as they are, and one of each is unpacked at a time.
+BW_HOST_DEVICE constexpr int shared_bytes(int head_dim, int rows, bool eight_bits = false) {
+  const int tiles = 2 * kTile * row_pitch(head_dim) * 2, stages = stage_count(head_dim);
+  const int arriving = eight_bits ? stages * 2 * kTile * head_dim + tiles : stages * tiles;
+  return rows * row_pitch(head_dim) * 2 + arriving + kBlockViewBytes;
 }
 
 // A row's places [first, end), cut into `count` splits of whole tiles, `most` of them at most.

@@ -31,10 +31,10 @@ std::tuple<Tensor, Tensor> top_tokens_cuda(Tensor logits, int64_t k,
            " bytes of a block's shared memory on CUDA, and there are ", cuda::kMostSharedBytes);
   Tensor tokens = torch::stable::new_empty(logits, {call.rows, k}, ScalarType::Int);
   Tensor log_probs = torch::stable::new_empty(logits, {call.rows, k}, ScalarType::Float);
-  check_launch(op, cuda::top_tokens({launch_of(call), k,
-                                     static_cast<int32_t*>(tokens.mutable_data_ptr()),
-                                     static_cast<float*>(log_probs.mutable_data_ptr())},
-                                    device.stream()));
+  check_launch(
+      op, cuda::top_tokens({launch_of(call), k, static_cast<int32_t*>(tokens.mutable_data_ptr()),
+                            static_cast<float*>(log_probs.mutable_data_ptr())},
+                           device.stream()));
   return {tokens, log_probs};
 }
 

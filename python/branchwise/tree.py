@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -178,8 +178,14 @@ class TokenTree:
 
     def links(self, device: torch.device) -> Links:
         """What acceptance rules read, on a device."""
-        tensors = self.tokens, self.next_token, self.next_sibling, self.draft, self.draft_index
-        return Links(*(to_device(tensor, device) for tensor in tensors), self.draws)
+        return Links(
+            self.tokens.to(device),
+            self.next_token.to(device),
+            self.next_sibling.to(device),
+            to_device(self.draft, device),
+            to_device(self.draft_index, device),
+            self.draws,
+        )
 
     def _drafts(self) -> tuple[Tensor | None, Tensor | None]:
         tables: list[Tensor] = []

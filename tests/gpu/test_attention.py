@@ -63,10 +63,6 @@ def test_cascade_attention(case, device):
 def test_sparse_attention(sparse, dtype, device):
     skip_slow(device, sparse.case, dtype)
     inputs = sparse_cases.make(sparse, dtype)
-    if sparse.segments:
-        with pytest.raises(RuntimeError, match="segment_offsets must be None on CUDA"):
-            device.sparse_attention(*inputs.args, **inputs.options)
-        return
     close(device.sparse_attention(*inputs.args, **inputs.options), sparse_attention_reference, inputs)
 
 
@@ -114,6 +110,13 @@ def test_values_outside_the_cache_are_not_read(dtype, device):
     query, key, value, seq_lens, mask = inputs.args
     table = inputs.options["page_table"].clone()
     expected = device.tree_attention(query, key, value, seq_lens, mask, page_table=table)
+    wild = torch.tensor([-(2**31), -1, 0, 2, 7, 2**31 - 1], dtype=torch.int32)
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        draw = lambda *shape: wild[torch.randint(0, len(wild), shape, generator=g)]  # noqa: E731, B023
+        lists = {"indices": draw(2, 1, 5), "counts": draw(2, 1), "segment_offsets": draw(2, 1, 4)}
+        out, _ = device.sparse_attention(query, key, value, seq_lens, tree_mask=mask, page_table=table, **lists)
+        assert out.isfinite().all()
     table[0, 1], table[0, 2] = 10**6, -1
     out, lse = device.tree_attention(query, key, value, seq_lens, mask, page_table=table)
     assert out.isfinite().all() and not torch.equal(out[0], expected[0][0])

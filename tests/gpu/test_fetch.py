@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from branchwise import ops
-from test_ops_fetch import B, HKV, D, S, dirty, lists_of, store_of
+from test_ops_fetch import HKV, B, D, S, dirty, lists_of, store_of
 from test_ops_scores import LAYOUTS, cache_of, int32, lens_of
 
 

@@ -30,8 +30,8 @@ class Plan(NamedTuple):
 
 @pytest.fixture
 def plan(emulator):
-    def ask(Hkv=8, G=4, T=1, D=128, places=4096, per_token=False, aligned=True):
-        return Plan(*emulator.ops.plan_attention(Hkv, G, T, D, places, per_token, aligned))
+    def ask(Hkv=8, G=4, T=1, D=128, places=4096, per_token=False, aligned=True, eight_bits=False):
+        return Plan(*emulator.ops.plan_attention(Hkv, G, T, D, places, per_token, aligned, eight_bits))
 
     return ask
 
@@ -68,7 +68,19 @@ def test_splits(T, plan):
     assert plan(T=100_000).splits == 1  # a long prompt has blocks enough
 
 
+def test_caches_in_e4m3(plan):
+    assert [plan(D=D, eight_bits=True).head_dim for D in (48, 64, 96, 128, 144)] == [64, 64, 128, 128, 0]
+    for D, T in ((64, 1), (128, 16), (128, 64)):
+        p = plan(D=D, T=T, eight_bits=True)
+        assert p.shared_bytes < plan(D=D, T=T).shared_bytes
+        joined = 4 * 64 * (p.head_dim + 10)  # what the warps leave there in the end
+        assert p.rows * p.head_dim * 2 + joined < p.shared_bytes
+
+
 # ---- the compiled library ----
+
+# Of an architecture. Per dtype three forms of three head dims and two of the largest, and e4m3.
+MATRIX_KERNELS = 2 * (3 * 3 + 2) + 2 * 3
 
 
 @pytest.fixture(scope="session")
@@ -93,8 +105,7 @@ def test_no_kernel_spills(cuobjdump):
     text = cuobjdump("--dump-resource-usage")
     kernels = re.findall(r"Function (\S+):\n\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert {"sm_80", "sm_90a"} <= set(re.findall(r"arch = (sm_\w+)", text))
-    # of two architectures and two dtypes: three forms of three head dims, two of the largest
-    assert sum("16attention_kernel" in name for name, *_ in kernels) == 2 * 2 * (3 * 3 + 2)
+    assert sum("16attention_kernel" in name for name, *_ in kernels) == 2 * MATRIX_KERNELS
     for name, _, stack, local in kernels:
         if "rerotate" in name:
             continue  # not hot; the reduction of cos(double) keeps a table on the stack
@@ -106,7 +117,9 @@ def test_matrix_kernels_use_tensor_cores_and_copies(cuobjdump, arch):
     """Products on tensor cores, operands by ldmatrix, tiles by asynchronous 16-byte copies past the L1."""
     functions = re.split(r"\n\s+Function : ", cuobjdump("-sass", "-arch", arch))
     matrix = [f for f in functions if "16attention_kernel" in f.split("\n")[0]]
-    assert len(matrix) == 2 * (3 * 3 + 2)
+    assert len(matrix) == MATRIX_KERNELS
     for text in matrix:
+        unpacks = "E4m3" in text.split("\n")[0] and arch == "sm_90a"
+        assert unpacks == ("E4M3.UNPACK" in text)
         assert re.search(r"HMMA\.16816\.F32", text) and "LDSM.16.M88.4" in text and "LDSM.16.MT88.4" in text
         assert "LDGSTS.E.BYPASS.128" in text and not re.search(r"\b(LDL|STL)\b", text)

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from recorded import RecordedGraphs
 
 import branchwise as bw
 import tiny
@@ -13,7 +14,6 @@ from branchwise.decoding.rounds import padded_rows, padded_size
 from branchwise.drafters import EarlyExit
 from branchwise.static_store import StaticStore
 from random_drafter import RandomTrees
-from recorded import RecordedGraphs
 
 
 @pytest.fixture

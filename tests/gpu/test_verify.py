@@ -9,7 +9,6 @@ from branchwise import ops
 from verify_cases import RULES, Batch, compare, random_batch
 
 
-
 @pytest.mark.parametrize("rule", RULES)
 def test_random_trees(rule, device):
     batches = [random_batch(rule, seed, B=16) for seed in range(6 if device.emulated else 160)]

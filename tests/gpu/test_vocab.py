@@ -53,7 +53,7 @@ def test_top_tokens_of_infinities_and_nan(device):
 
 
 def test_more_top_tokens_than_a_block_holds(device):
-    with pytest.raises(RuntimeError, match="top_tokens: k = 30000 needs .* bytes of a block's shared memory"):
+    with pytest.raises(RuntimeError, match=r"top_tokens: k = 30000 needs .* bytes of a block's shared memory"):
         device.top_tokens(torch.zeros(1, 40_000), 30_000)
 
 
@@ -132,7 +132,7 @@ def test_numbers_of_drafts_outside(device):
         ("exclude must be int64", lambda on: on.confidence(torch.zeros(2, 9), torch.zeros(1))),
         ("temperature = 1 needs keys", lambda on: on.confidence(torch.zeros(2, 9), None, 1.0)),
         (
-            "windows of W = 20000 tokens need .* bytes of a block's shared memory",
+            r"windows of W = 20000 tokens need .* bytes of a block's shared memory",
             lambda on: on.draft_blocks(
                 torch.zeros(1, 20_000, dtype=torch.int64),
                 torch.zeros(1, 20_000, dtype=torch.int64),

@@ -14,6 +14,8 @@
 #include <functional>
 #include <tuple>
 
+#include "common/e4m3.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -198,6 +200,12 @@ template <typename T>
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulate::Product operand{c, a, {b0, b1}};
   emulate::meet(emulate::multiply<T>, &operand);
+}
+
+template <typename T>
+void unpack_e4m3(uint32_t four, uint32_t (&pairs)[2]) {
+  for (int i = 0; i < 2; ++i)
+    pairs[i] = pack<T>(from_e4m3(four >> (16 * i) & 0xff), from_e4m3(four >> (16 * i + 8) & 0xff));
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -76,13 +76,17 @@ struct BlockView {
 };
 static_assert(sizeof(BlockView) <= kBlockViewBytes);
 
-template <typename Element, int HeadDim, int WarpsM, int WarpsK>
+template <typename Element, typename Stored, int HeadDim, int WarpsM, int WarpsK>
 __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
     attention_kernel(const __grid_constant__ AttentionLaunch in) {
   constexpr int kThreads = 32 * WarpsM * WarpsK, kRows = 16 * WarpsM;
   constexpr int kStages = stage_count(HeadDim), kPitch = row_pitch(HeadDim);
   constexpr int kKeys = kTile / WarpsK;
   constexpr int kTileBytes = kTile * kPitch * static_cast<int>(sizeof(Element));
+  // Caches in e4m3: tiles arrive in rows without gaps, and one of keys and one of values are
+  // unpacked when their turn comes.
+  constexpr bool kUnpacks = sizeof(Stored) == 1;
+  constexpr int kStageBytes = kUnpacks ? kTile * HeadDim : kTileBytes;
   // Where registers suffice: queries stay in them, and pages are looked up before a tile's
   // products, not after them.
   constexpr bool kSpare = HeadDim <= 128;
@@ -99,9 +103,13 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
   char* shared = shared_memory();
   const Rows query{shared};
   char* stages = shared + kRows * kPitch * static_cast<int>(sizeof(Element));
-  const auto keys = [&](int i) { return Rows{stages + i % kStages * 2 * kTileBytes}; };
-  const auto values = [&](int i) { return Rows{stages + (i % kStages * 2 + 1) * kTileBytes}; };
-  BlockView& view = *reinterpret_cast<BlockView*>(stages + kStages * 2 * kTileBytes);
+  char* unpacked = stages + kStages * 2 * kStageBytes;
+  const auto stage = [&](int i, int which) {
+    return stages + (i % kStages * 2 + which) * kStageBytes;
+  };
+  const auto keys = [&](int i) { return Rows{kUnpacks ? unpacked : stage(i, 0)}; };
+  const auto values = [&](int i) { return Rows{kUnpacks ? unpacked + kTileBytes : stage(i, 1)}; };
+  BlockView& view = *reinterpret_cast<BlockView*>(kUnpacks ? unpacked + 2 * kTileBytes : unpacked);
 
   const RowBlock rows = row_block(in, block);
   int64_t begin, end;
@@ -137,19 +145,47 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
   const auto which_exist = [&](int i) {
     return view.exist[i % 8][0] | uint64_t{view.exist[i % 8][1]} << 32;
   };
-  const auto ask = [&](const Rows& to, const void* cache, const int64_t* from, uint64_t exist) {
+  const auto ask = [&](char* to, const void* cache, const int64_t* from, uint64_t exist) {
+    if constexpr (kUnpacks) {
+      constexpr int kChunks = HeadDim / 16;
+      const int c = tid % kChunks;
+#pragma unroll 4
+      for (int row = tid / kChunks; row < kTile; row += kThreads / kChunks) {
+        const bool valid = (exist >> row & 1) != 0 && c * 16 < a.D;
+        const int64_t at = valid ? from[row] + c * 16 : 0;
+        copy_async(to + row * HeadDim + c * 16, static_cast<const Stored*>(cache) + at, valid);
+      }
+      return;
+    }
     if (!copies) return;
 #pragma unroll 4
     for (int row = first_row; row < kTile; row += kThreads / kAcross) {
       const bool valid = (exist >> row & 1) != 0 && filled;
       const int64_t at = valid ? from[row] + chunk * 8 : 0;
-      copy_async(to.chunk(row, chunk), static_cast<const Element*>(cache) + at, valid);
+      copy_async(Rows{to}.chunk(row, chunk), static_cast<const Stored*>(cache) + at, valid);
     }
   };
   const auto ask_tile = [&](int i) {
     const uint64_t exist = which_exist(i);
-    ask(keys(i), a.key_cache, view.keys[i % 2], exist);
-    ask(values(i), a.value_cache, view.values[i % 2], exist);
+    ask(stage(i, 0), a.key_cache, view.keys[i % 2], exist);
+    ask(stage(i, 1), a.value_cache, view.values[i % 2], exist);
+  };
+  const auto unpack = [&](int i) {
+    constexpr int kPieces = HeadDim / 8;  // of a row, eight values each
+    for (int which = 0; which < 2; ++which)
+#pragma unroll 1
+      for (int at = tid; at < kTile * kPieces; at += kThreads) {
+        const auto* from = reinterpret_cast<const uint32_t*>(stage(i, which) + at * 8);
+        auto* to = reinterpret_cast<uint32_t*>(
+            Rows{unpacked + which * kTileBytes}.chunk(at / kPieces, at % kPieces));
+        uint32_t low[2], high[2];
+        unpack_e4m3<Element>(from[0], low);
+        unpack_e4m3<Element>(from[1], high);
+        to[0] = low[0];
+        to[1] = low[1];
+        to[2] = high[0];
+        to[3] = high[1];
+      }
   };
 
   // Queries, then all tiles but one that fit.
@@ -172,7 +208,8 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
   }
   if (kStages - 1 < tiles && tid < kTile) note(kStages - 1, look_up(kStages - 1));
 
-  const float scale = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e;
+  const float stored_key = kUnpacks ? a.key_scale[h] : 1.f;
+  const float scale = (a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e) * stored_key;
   const float cap = a.softcap * kLog2e;
   Softmax softmax;
   float out[HeadDim / 8][4] = {};
@@ -194,6 +231,10 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
     const bool looks_up = next + 1 < tiles && tid < kTile;
     Address ahead{};
     if (kSpare && looks_up) ahead = look_up(next + 1);
+    if constexpr (kUnpacks) {
+      unpack(i);
+      sync_block();
+    }
     if (kSpare && i == 0) {
 #pragma unroll
       for (int k = 0; k < HeadDim / 16; ++k) load_query(held[k], k);
@@ -263,6 +304,7 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
   // The stages make room for what every warp has computed.
   wait_copies<0>();
   sync_block();
+  const float stored_value = kUnpacks ? a.value_scale[h] : 1.f;
   constexpr int kJoinedPitch = HeadDim + 8;
   float* joined = reinterpret_cast<float*>(stages);
   float* tops = joined + WarpsK * kRows * kJoinedPitch;
@@ -299,7 +341,7 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
 #pragma unroll
       for (int w = 0; w < WarpsK; ++w)
         all += weight[w] * joined[(w * kRows + row) * kJoinedPitch + d];
-      return all;
+      return all * stored_value;
     };
     if (only_split) {
       const Finish f = finish_row(a, b, h, rows.first + row, top, sum, lane == 0);
@@ -316,7 +358,7 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
   }
 }
 
-template <typename Element, int HeadDim>
+template <typename Element, typename Stored, int HeadDim>
 int launch_attention(const AttentionLaunch& in, const AttentionPlan& plan, void* stream) {
   const Grid grid(static_cast<unsigned>(in.splits * in.args.Hkv * in.blocks),
                   static_cast<unsigned>(in.B));
@@ -325,11 +367,11 @@ int launch_attention(const AttentionLaunch& in, const AttentionPlan& plan, void*
   };
   switch (plan.warps_m) {
     case 1:
-      return with(attention_kernel<Element, HeadDim, 1, 4>);
+      return with(attention_kernel<Element, Stored, HeadDim, 1, 4>);
     case 2:
-      return with(attention_kernel<Element, HeadDim, 2, 2>);
+      return with(attention_kernel<Element, Stored, HeadDim, 2, 2>);
     default:
-      if constexpr (HeadDim <= 128) return with(attention_kernel<Element, HeadDim, 4, 1>);
+      if constexpr (HeadDim <= 128) return with(attention_kernel<Element, Stored, HeadDim, 4, 1>);
   }
   return -1;  // no such plan
 }

@@ -1,4 +1,6 @@
 // Attention for every head dim and fp32, a warp per row; the merge of splits; which kernel runs.
+#include <type_traits>
+
 #include "cuda/device.cuh"
 #include "cuda/kernels/attention.cuh"
 #include "cuda/kernels/places-inl.cuh"
@@ -9,7 +11,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kLaneValues = kMaxHeadDim / kWarp;  // of a row, that a lane holds
 
-template <typename Element>
+template <typename Element, typename Stored>
 __global__ void __launch_bounds__(32 * kWarps)
     plain_attention_kernel(const __grid_constant__ AttentionLaunch in) {
   const AttentionArgs& a = in.args;
@@ -34,6 +36,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     q[i] = d < a.D ? to_float(query[d]) : 0.f;
     out[i] = 0.f;
   }
+  const float stored_key = sizeof(Stored) == 1 ? a.key_scale[h] : 1.f;
+  const float stored_value = sizeof(Stored) == 1 ? a.value_scale[h] : 1.f;
   const RowView view = view_of(a, places, b, token);
   float top = -INFINITY, sum = 0.f;
   for (int64_t place = begin; place < end; place += kTile) {
@@ -43,9 +47,9 @@ __global__ void __launch_bounds__(32 * kWarps)
     const uint64_t seen = visible(a, places, view, place, end) & there;
     for (int i = 0; i < kTile; ++i) {
       if ((seen >> i & 1) == 0) continue;
-      const auto* key = static_cast<const Element*>(a.key_cache) +
+      const auto* key = static_cast<const Stored*>(a.key_cache) +
                         shuffle(i < kWarp ? low.key : high.key, i % kWarp);
-      const auto* value = static_cast<const Element*>(a.value_cache) +
+      const auto* value = static_cast<const Stored*>(a.value_cache) +
                           shuffle(i < kWarp ? low.value : high.value, i % kWarp);
       float dot = 0.f;
 #pragma unroll
@@ -53,7 +57,7 @@ __global__ void __launch_bounds__(32 * kWarps)
         const int d = lane + j * kWarp;
         if (d < a.D) dot += q[j] * to_float(key[d]);
       }
-      float score = warp_sum(dot) * a.scale;
+      float score = warp_sum(dot) * stored_key * a.scale;
       if (a.softcap > 0.f) score = a.softcap * tanhf(score / a.softcap);
       score *= kLog2e;
       const float highest = fmaxf(top, score);
@@ -63,7 +67,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
       for (int j = 0; j < kLaneValues; ++j) {
         const int d = lane + j * kWarp;
-        if (d < a.D) out[j] = out[j] * shrink + weight * to_float(value[d]);
+        if (d < a.D) out[j] = out[j] * shrink + weight * stored_value * to_float(value[d]);
       }
     }
   }
@@ -129,15 +133,19 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 template <typename Element>
 int launch_matrix_attention(const AttentionLaunch& in, const AttentionPlan& plan, void* stream) {
+  if constexpr (std::is_same_v<Element, bf16>)
+    if (plan.eight_bits)
+      return plan.head_dim == 64 ? launch_attention<Element, E4m3, 64>(in, plan, stream)
+                                 : launch_attention<Element, E4m3, 128>(in, plan, stream);
   switch (plan.head_dim) {
     case 64:
-      return launch_attention<Element, 64>(in, plan, stream);
+      return launch_attention<Element, Element, 64>(in, plan, stream);
     case 96:
-      return launch_attention<Element, 96>(in, plan, stream);
+      return launch_attention<Element, Element, 96>(in, plan, stream);
     case 128:
-      return launch_attention<Element, 128>(in, plan, stream);
+      return launch_attention<Element, Element, 128>(in, plan, stream);
     default:
-      return launch_attention<Element, 256>(in, plan, stream);
+      return launch_attention<Element, Element, 256>(in, plan, stream);
   }
 }
 
@@ -150,7 +158,11 @@ int attend(const AttentionLaunch& in, const AttentionPlan& plan, void* stream) {
   int code;
   if (plan.head_dim == 0) {
     code = dispatch(in.args.type, [&](auto element) {
-      return launch(plain_attention_kernel<decltype(element)>, grid, 32 * kWarps, 0, stream, in);
+      using Element = decltype(element);
+      return plan.eight_bits
+                 ? launch(plain_attention_kernel<Element, E4m3>, grid, 32 * kWarps, 0, stream, in)
+                 : launch(plain_attention_kernel<Element, Element>, grid, 32 * kWarps, 0, stream,
+                          in);
     });
   } else {
     code = in.args.type == DType::bf16 ? launch_matrix_attention<bf16>(in, plan, stream)

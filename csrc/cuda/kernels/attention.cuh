@@ -26,8 +26,9 @@ struct AttentionLaunch {
   int32_t rows;  // packed rows of a block
 };
 
-// The matrix kernel of one element type and head dim, each instantiated in a source of its own.
-template <typename Element, int HeadDim>
+// The matrix kernel of one element type, of one in the caches (the same, or E4m3) and one head dim,
+// each instantiated in a source of its own.
+template <typename Element, typename Stored, int HeadDim>
 int launch_attention(const AttentionLaunch& launch, const AttentionPlan& plan, void* stream);
 
 // The plan's kernel, and the merge if there can be several splits. Returns a CUDA error code.

@@ -1,6 +1,5 @@
-#include "cuda/kernels/blocks.cuh"
-
 #include "cuda/device.cuh"
+#include "cuda/kernels/blocks.cuh"
 
 namespace branchwise::cuda {
 namespace {
@@ -48,8 +47,7 @@ struct Stepper {
       if (!masked(i)) continue;
       int32_t rank = 0;
       for (int32_t j = first; j < W && in.block_of(row, j) == block; ++j)
-        if (window[j] == in.mask_id &&
-            (scores[j] > scores[i] || (scores[j] == scores[i] && j < i)))
+        if (window[j] == in.mask_id && (scores[j] > scores[i] || (scores[j] == scores[i] && j < i)))
           ++rank;
       order[rank] = i;
     }

@@ -1,6 +1,5 @@
-#include "cuda/kernels/fetch.cuh"
-
 #include "cuda/device.cuh"
+#include "cuda/kernels/fetch.cuh"
 #include "cuda/kernels/select-inl.cuh"
 #include "cuda/kernels/slots-inl.cuh"
 
@@ -31,8 +30,7 @@ struct Head {
   __device__ int32_t* targets() const { return pages() + in.slots; }
 };
 
-__global__ void __launch_bounds__(kThreads)
-    wanted_kernel(const __grid_constant__ FetchLaunch in) {
+__global__ void __launch_bounds__(kThreads) wanted_kernel(const __grid_constant__ FetchLaunch in) {
   const Head head(in, blockIdx.x);
   auto* counts = reinterpret_cast<int32_t*>(shared_memory());
   const int64_t words = fetch_words(in.pages);
@@ -45,7 +43,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t j = threadIdx.x; j < count; j += kThreads) {
       const int64_t slot = in.indices[list * in.width + j] * in.unit;
       if (slot < 0 || slot >= complete * in.page_size) continue;
-      const int64_t page = slot / in.page_size;
+      // In 64 bits, the compiler keeps part of the division on the stack.
+      const uint32_t page = static_cast<uint32_t>(slot) / static_cast<uint32_t>(in.page_size);
       or_atomic(&head.wanted()[page / 32], 1u << (page % 32));
     }
   }

@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 128;
 
 // A warp per row of one cache.
-template <typename Element, typename Angle>
+template <typename Element, typename Angle, typename Stored>
 __global__ void append_kernel(const __grid_constant__ AppendLaunch in) {
   const int lane = threadIdx.x % kWarp;
   const int64_t rows = in.B * in.Hkv * in.T, warps = int64_t{gridDim.x} * (kThreads / kWarp);
@@ -18,7 +18,7 @@ __global__ void append_kernel(const __grid_constant__ AppendLaunch in) {
     const int which = i < rows ? 0 : 1;
     const int64_t row = i % rows, t = row % in.T, h = row / in.T % in.Hkv, b = row / in.T / in.Hkv;
     const CacheRef& cache = in.to[which];
-    auto* to = reinterpret_cast<Element*>(slot_at(cache, b, h, length_of(in.lens, b, h) + t));
+    auto* to = reinterpret_cast<Stored*>(slot_at(cache, b, h, length_of(in.lens, b, h) + t));
     if (to == nullptr) continue;
     const auto* from = static_cast<const Element*>(in.from[which]) + b * in.stride[which][0] +
                        h * in.stride[which][1] + t * in.stride[which][2];
@@ -27,12 +27,22 @@ __global__ void append_kernel(const __grid_constant__ AppendLaunch in) {
         static_cast<const Angle*>(in.cos) + b * in.cos_stride[0] + t * in.cos_stride[1];
     const auto* sin =
         static_cast<const Angle*>(in.sin) + b * in.sin_stride[0] + t * in.sin_stride[1];
+    const float scale = sizeof(Stored) == 1 ? in.scale[which][h] : 1.f;
+    const auto put = [&](float x, int64_t d) {
+      if constexpr (sizeof(Stored) == 1) {
+        Element rounded;  // as the CPU does
+        from_float(x, &rounded);
+        from_float(to_float(rounded) / scale, to + d);
+      } else {
+        from_float(x, to + d);
+      }
+    };
     for (int64_t d = lane; d < half; d += kWarp) {
       const float low = to_float(from[d]), high = to_float(from[d + half]);
-      from_float(low * to_float(cos[d]) - high * to_float(sin[d]), to + d);
-      from_float(high * to_float(cos[d + half]) + low * to_float(sin[d + half]), to + d + half);
+      put(low * to_float(cos[d]) - high * to_float(sin[d]), d);
+      put(high * to_float(cos[d + half]) + low * to_float(sin[d + half]), d + half);
     }
-    for (int64_t d = rotated + lane; d < cache.D; d += kWarp) to[d] = from[d];
+    for (int64_t d = rotated + lane; d < cache.D; d += kWarp) put(to_float(from[d]), d);
   }
 }
 
@@ -60,7 +70,7 @@ __global__ void commit_kernel(const __grid_constant__ CommitLaunch in) {
   const int64_t units = cache.D * cache.element_bytes / static_cast<int64_t>(sizeof(Unit));
   for (int64_t u = lane; u < units; u += kWarp)
     for (int64_t first = 0; first < count; first += kTogether) {
-      Unit values[kTogether];
+      Unit values[kTogether] = {};  // or the compiler keeps small ones on the stack
       Unit* targets[kTogether];
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
@@ -116,9 +126,12 @@ int append_kv(const AppendLaunch& in, void* stream) {
   const Grid grid = grid_for((rows + of_block - 1) / of_block);
   return dispatch(in.rope.type, [&](auto element) {
     using Element = decltype(element);
-    if (in.rope.angle_type == DType::f32)
-      return launch(append_kernel<Element, float>, grid, kThreads, 0, stream, in);
-    return launch(append_kernel<Element, Element>, grid, kThreads, 0, stream, in);
+    const auto with = [&](auto* kernel) { return launch(kernel, grid, kThreads, 0, stream, in); };
+    if (in.scale[0] != nullptr)
+      return in.rope.angle_type == DType::f32 ? with(append_kernel<Element, float, E4m3>)
+                                              : with(append_kernel<Element, Element, E4m3>);
+    return in.rope.angle_type == DType::f32 ? with(append_kernel<Element, float, Element>)
+                                            : with(append_kernel<Element, Element, Element>);
   });
 }
 
@@ -131,8 +144,11 @@ int commit_kv(const CommitLaunch& in, void* stream) {
   }
   const int64_t of_block = kThreads / kWarp;
   const Grid grid(static_cast<unsigned>((warps + of_block - 1) / of_block));
-  return aligned ? launch(commit_kernel<Bytes16>, grid, kThreads, 0, stream, in)
-                 : launch(commit_kernel<uint16_t>, grid, kThreads, 0, stream, in);
+  if (aligned) return launch(commit_kernel<Bytes16>, grid, kThreads, 0, stream, in);
+  for (int c = 0; c < in.num_caches; ++c)
+    if (in.caches[c].element_bytes == 1)
+      return launch(commit_kernel<uint8_t>, grid, kThreads, 0, stream, in);
+  return launch(commit_kernel<uint16_t>, grid, kThreads, 0, stream, in);
 }
 
 int build_tree(const int32_t* parents, const int32_t* seq_lens, int64_t* mask, int64_t* positions,

@@ -30,6 +30,7 @@ struct AppendLaunch {
   RopeArgs rope;
   const void *cos, *sin;
   int64_t cos_stride[2], sin_stride[2];  // elements, for B (0: shared), T
+  const float* scale[2];                 // [Hkv], of caches in e4m3; null: of the dtype of `from`
 };
 int append_kv(const AppendLaunch& launch, void* stream);
 

@@ -75,7 +75,8 @@ __device__ Cut find_cut(SelectShared<Threads>& s, int64_t n, int32_t wanted, con
     sync_block();
     for (int64_t i = threadIdx.x; i < n; i += Threads) {
       const uint32_t k = key(i);
-      if ((k & fixed) == (cut.least & fixed)) add_atomic(&s.bins[k >> shift & ((1u << bits) - 1)], 1);
+      if ((k & fixed) == (cut.least & fixed))
+        add_atomic(&s.bins[k >> shift & ((1u << bits) - 1)], 1);
     }
     sync_block();
     find_bin(s, 1 << bits, cut.ties);

@@ -14,8 +14,8 @@ int64_t verify_shared_bytes(Rule rule, int64_t T, int64_t top_k) {
 
 int verify(const VerifyLaunch& in, void* stream) {
   if (in.B == 0) return 0;
-  const int shared =
-      static_cast<int>(verify_shared_bytes(in.rule, in.first.T, drawn_tokens(in.policy, in.first.V)));
+  const int shared = static_cast<int>(
+      verify_shared_bytes(in.rule, in.first.T, drawn_tokens(in.policy, in.first.V)));
   const Grid grid(static_cast<unsigned>(in.B));
   return dispatch(in.first.type, [&](auto element) {
     using Element = decltype(element);

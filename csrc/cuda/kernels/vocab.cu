@@ -1,9 +1,8 @@
-#include "cuda/kernels/vocab.cuh"
-
 #include "common/gumbel.h"
 #include "common/vocab_score.h"
 #include "cuda/kernels/eight-inl.cuh"
 #include "cuda/kernels/select-inl.cuh"
+#include "cuda/kernels/vocab.cuh"
 
 namespace branchwise::cuda {
 namespace {
@@ -127,7 +126,8 @@ __global__ void __launch_bounds__(kThreads)
   const RowSum sum = row_sum(row, in.V, {nullptr, 0}, s.sums);
   const double log_sum = sum.top + log(sum.sum);
   const int32_t count = take_largest(
-      s.select, in.V, wanted, key_of(-INFINITY), [&](int64_t i) { return key_of(to_float(row[i])); },
+      s.select, in.V, wanted, key_of(-INFINITY),
+      [&](int64_t i) { return key_of(to_float(row[i])); },
       [&](int64_t i, int32_t n) {
         logit[n] = to_float(row[i]);
         token[n] = static_cast<int32_t>(i);

@@ -20,6 +20,8 @@ def tree_attention(
     window: int = 0,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of T new tokens per row over the row's cache, which already holds them.
 
@@ -33,8 +35,8 @@ def tree_attention(
 
     Args:
         query: [B, Hq, T, D] float32, bfloat16 or float16, post-RoPE; last dimension contiguous. D <= 512.
-        key_cache, value_cache: [B, Hkv, S, D], or with ``page_table`` [pages, Hkv, page_size, D]; dtype of ``query``;
-            Hq a multiple of Hkv (query head h reads KV head h * Hkv // Hq).
+        key_cache, value_cache: [B, Hkv, S, D], or with ``page_table`` [pages, Hkv, page_size, D]; dtype of ``query``,
+            or with scales float8_e4m3fn; Hq a multiple of Hkv (query head h reads KV head h * Hkv // Hq).
         seq_lens: i32[B], tokens in the cache before these T; ``seq_lens + N`` must fit the cache. i32[B, Hkv] where
             the heads of a row hold different slots; without a window then.
         tree_mask: i64[B, N, ceil(N/64)] ancestor bits, as built by :func:`build_tree`, or None.
@@ -45,6 +47,8 @@ def tree_attention(
             P + depth(i), so siblings share a window whatever slots they are in.
         sinks: f32[Hq], a learned extra logit per head that takes part in the softmax but has no value.
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
+        key_scale, value_scale: f32[Hkv], by which e4m3 keys and values of a head are multiplied. On the CPU the caches
+            are unpacked at every call, which is slow.
 
     Returns:
         ``out`` [B, Hq, T, D] in the dtype of ``query`` and ``lse`` f32[B, Hq, T], the natural log-sum-exp of the
@@ -58,7 +62,18 @@ def tree_attention(
     refuse_grad("tree_attention", query, key_cache, value_cache, sinks)
     # By position: keywords cost two microseconds.
     return torch.ops.branchwise.tree_attention.default(
-        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, window, sinks, softcap
+        query,
+        key_cache,
+        value_cache,
+        seq_lens,
+        tree_mask,
+        page_table,
+        scale,
+        window,
+        sinks,
+        softcap,
+        key_scale,
+        value_scale,
     )
 
 
@@ -123,6 +138,8 @@ def tree_attention_reference(
     window: int = 0,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """The definition of :func:`tree_attention`, row by row with dense masks, computed in ``dtype``."""
@@ -131,6 +148,8 @@ def tree_attention_reference(
     for b in range(B):
         P, N = int(seq_lens[b]), T if tree_mask is None else tree_mask.shape[1]
         key, value = (gather_row(cache, b, P + N, page_table).to(dtype) for cache in (key_cache, value_cache))
+        if key_scale is not None and value_scale is not None:
+            key, value = (x * scale.to(dtype)[:, None, None] for x, scale in ((key, key_scale), (value, value_scale)))
         group = Hq // key.shape[0]
         key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)  # [Hq, P+N, D]
         sees = unpack_mask(tree_mask[b], N) if tree_mask is not None else torch.ones(N, N).tril().bool()

@@ -19,6 +19,8 @@ def append_kv(
     *,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None:
     """Writes the keys and values of T new tokens into slots ``seq_lens[b]`` .. ``seq_lens[b] + T - 1``, in place.
 
@@ -28,12 +30,14 @@ def append_kv(
 
     Args:
         key, value: [B, Hkv, T, D] float32, bfloat16 or float16, last dimension contiguous.
-        key_cache, value_cache: same dtype; mutated.
+        key_cache, value_cache: same dtype, or with scales float8_e4m3fn; mutated.
         seq_lens: i32[B], or i32[B, Hkv] where heads hold different slots; not changed.
         page_table: i32[B, N] or i32[B, Hkv, N], or None for contiguous caches. Pages that are not written to may be
             missing.
         cos, sin: [B, T, R] or [1, T, R] float32 or the dtype of ``key``, R even and at most D; last dimension
             contiguous. What transformers' rotary embedding returns.
+        key_scale, value_scale: f32[Hkv], positive: values are divided by those of their head and rounded to e4m3, to
+            nearest; what exceeds 448 becomes 448. Keys are rotated, and rounded to their dtype, before.
 
     Raises:
         RuntimeError: shapes or dtypes disagree, a row's slots do not fit, or a page is out of range; nothing
@@ -42,11 +46,13 @@ def append_kv(
     Source: card sparse-kernel-interface, family A.
     """
     refuse_grad("append_kv", key, value, key_cache, value_cache)
-    torch.ops.branchwise.append_kv.default(key, value, key_cache, value_cache, seq_lens, page_table, cos, sin)
+    torch.ops.branchwise.append_kv.default(
+        key, value, key_cache, value_cache, seq_lens, page_table, cos, sin, key_scale, value_scale
+    )
 
 
 @torch.library.register_fake("branchwise::append_kv")
-def _(key, value, key_cache, value_cache, seq_lens, page_table=None, cos=None, sin=None):
+def _(key, value, key_cache, value_cache, seq_lens, page_table=None, *options, **named_options):
     return None
 
 
@@ -58,7 +64,19 @@ def slot_view(cache: Tensor, row: int, slot: int, page_table: Tensor | None) -> 
     return cache[int(page_table[row, slot // page_size]), :, slot % page_size]
 
 
-def append_kv_reference(key, value, key_cache, value_cache, seq_lens, page_table=None, *, cos=None, sin=None) -> None:
+def append_kv_reference(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    seq_lens,
+    page_table=None,
+    *,
+    cos=None,
+    sin=None,
+    key_scale=None,
+    value_scale=None,
+) -> None:
     """The definition of :func:`append_kv`, slot by slot; RoPE in float64."""
     if cos is not None:
         R = cos.shape[-1]
@@ -66,6 +84,11 @@ def append_kv_reference(key, value, key_cache, value_cache, seq_lens, page_table
         turned = torch.cat([-x[..., R // 2 :], x[..., : R // 2]], dim=-1)
         rotated = x * cos[:, None].double() + turned * sin[:, None].double()
         key = torch.cat([rotated.to(key.dtype), rest], dim=-1)
+    if key_scale is not None:
+        key, value = (
+            (x.float() / scale[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+            for x, scale in ((key, key_scale), (value, value_scale))
+        )
     for new, cache in ((key, key_cache), (value, value_cache)):
         for b in range(new.shape[0]):
             for t in range(new.shape[2]):
@@ -85,7 +108,7 @@ def commit_kv(
     append overwrites. ``num_accepted`` counts the root, whose KV was written by the same forward as its tree.
 
     Args:
-        caches: key and value caches of all layers, any mix of head counts and dims; mutated.
+        caches: key and value caches of all layers, any mix of head counts and dims; mutated. float8_e4m3fn, too.
         accepted: i32[B, A] node ids of the accepted path, ascending; entries after ``num_accepted`` are ignored.
         num_accepted: i32[B], between 0 and A.
         seq_lens: i32[B], or i32[B, Hkv]; not changed.

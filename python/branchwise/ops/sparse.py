@@ -28,6 +28,8 @@ def sparse_attention(
     scale: float | None = None,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`tree_attention` to a part of the prefix: listed units, ranges per head, or the union of both.
 
@@ -35,8 +37,8 @@ def sparse_attention(
     :func:`tree_attention`. Units and ranges may overlap; a slot counts once.
 
     Args:
-        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks, softcap: as in
-            :func:`tree_attention`. ``seq_lens`` may be i32[B, Hkv], lengths per head, and ``page_table``
+        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks, softcap, key_scale,
+            value_scale: as in :func:`tree_attention`. ``seq_lens`` may be i32[B, Hkv], lengths per head, and ``page_table``
             i32[B, Hkv, N], pages per head. Pages that hold nothing visible may be missing (any number in the table).
         indices: i32[B, Hs, K] listed units, ascending, the first ``counts`` of each list; Hs is 1 (all heads share the
             list) or Hkv. i32[B, T, Hs, K] gives every new token a list of its own, so that the nodes of a tree see
@@ -77,6 +79,8 @@ def sparse_attention(
         scale,
         sinks,
         softcap,
+        key_scale,
+        value_scale,
     )
 
 
@@ -102,6 +106,8 @@ def sparse_attention_reference(
     scale: float | None = None,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """The definition of :func:`sparse_attention`, head by head with dense masks, computed in ``dtype``."""
@@ -115,6 +121,8 @@ def sparse_attention_reference(
         for h in range(Hkv):
             P = int(seq_lens[b] if seq_lens.dim() == 1 else seq_lens[b, h])
             key, value = (head_rows(cache, b, h, P + N, page_table).to(dtype) for cache in (key_cache, value_cache))
+            if key_scale is not None and value_scale is not None:
+                key, value = key * key_scale[h].to(dtype), value * value_scale[h].to(dtype)
             listed = torch.zeros(T, P, dtype=torch.bool)
             if indices is not None and counts is not None:
                 lists = indices[b] if indices.dim() == 4 else indices[b].expand(T, *indices.shape[1:])
