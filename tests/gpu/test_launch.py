@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from branchwise.ops._load import LIBRARY_DIR
 
@@ -123,3 +124,11 @@ def test_matrix_kernels_use_tensor_cores_and_copies(cuobjdump, arch):
         assert unpacks == ("E4M3.UNPACK" in text)
         assert re.search(r"HMMA\.16816\.F32", text) and "LDSM.16.M88.4" in text and "LDSM.16.MT88.4" in text
         assert "LDGSTS.E.BYPASS.128" in text and not re.search(r"\b(LDL|STL)\b", text)
+
+
+def test_every_op_has_a_kernel_on_both(emulator):
+    ops = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("branchwise::")}
+    assert len(ops) > 25
+    for op in ops - {"cpu_isa"}:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"branchwise::{op}", "CPU"), op
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"branchwise_emulated::{op}", "CPU"), op

@@ -75,6 +75,13 @@ def test_logits_that_are_no_distribution(bad, device):
     assert (count[[0, 2]] > 0).all() and (bonus[[0, 2]] >= 0).all()
 
 
+def test_draws_from_more_tokens_than_a_block_holds(device):
+    batch = random_batch("greedy", 1, B=1, V=20_000, longest=2)
+    options = {"threshold": 0.1, "top_k": 15_000}
+    with pytest.raises(RuntimeError, match=r"verify_policy: T = \d+ nodes and top_k = 15000 need .* shared memory"):
+        device.verify_policy(*batch.tree, batch.uniforms, "probability_floor", **options)
+
+
 def test_links_and_tokens_that_lead_nowhere(device):
     batch = random_batch("match", 4, B=2, V=40)
     tokens, child, sibling, _ = batch.tree

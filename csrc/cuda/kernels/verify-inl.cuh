@@ -2,8 +2,8 @@
 // block-wide passes over the rows of logits.
 #pragma once
 
+#include "cuda/kernels/likeliest-inl.cuh"
 #include "cuda/kernels/residual-inl.cuh"
-#include "cuda/kernels/select-inl.cuh"
 #include "cuda/kernels/verify.cuh"
 
 namespace branchwise::cuda {
@@ -26,12 +26,6 @@ inline Family family_of(Rule rule) {
          : rule == Rule::policy      ? Family::policy
                                      : Family::sample;
 }
-
-// Of the policies, which keep no gone tokens and no frames; the likeliest tokens lie behind it.
-struct PolicyShared {
-  SelectShared<kBlockThreads> select;
-  int64_t drawn;
-};
 
 // One row: its tensors, what the block shares, and the verdict so far.
 template <typename Element>
@@ -131,58 +125,6 @@ struct BlockRow {
     return {-1, law.draw(draw_coin(node), s)};
   }
 
-  // How many tokens come before this one in the order of logits, lower ids first among equals.
-  __device__ int64_t rank(const Element* values, int64_t token) {
-    const float value = to_float(values[token]);
-    int32_t own = 0;
-    for (int64_t i = threadIdx.x; i < row.V; i += kBlockThreads) {
-      const float x = to_float(values[i]);
-      own += x > value || (x == value && i < token) ? 1 : 0;
-    }
-    own = warp_sum(own);
-    sync_block();
-    if (threadIdx.x % kWarp == 0) s.best_at[threadIdx.x / kWarp] = own;
-    sync_block();
-    int64_t all = 0;
-    for (int w = 0; w < kBlockWarps; ++w) all += s.best_at[w];
-    return all;
-  }
-
-  // A token among the `count` largest logits (lower ids win ties), by their probabilities.
-  __device__ int64_t draw_likeliest(const Element* values, int64_t count, float u,
-                                    PolicyShared& shared) {
-    auto* candidates = reinterpret_cast<int64_t*>(&shared + 1);
-    int64_t* sorted = candidates + count;  // ascending
-    const int32_t found = take_largest(
-        shared.select, row.V, count, 0, [&](int64_t i) { return key_of(to_float(values[i])); },
-        [&](int64_t i, int32_t n) { candidates[n] = i; });
-    for (int32_t c = threadIdx.x; c < found; c += kBlockThreads) {
-      int32_t before = 0;
-      for (int32_t o = 0; o < found; ++o) before += candidates[o] < candidates[c] ? 1 : 0;
-      sorted[before] = candidates[c];
-    }
-    sync_block();
-    if (threadIdx.x == 0) {
-      float top = -INFINITY;
-      for (int32_t c = 0; c < found; ++c) top = fmaxf(top, to_float(values[sorted[c]]));
-      const auto weight = [&](int32_t c) {
-        return static_cast<double>(exp2f((to_float(values[sorted[c]]) - top) * row.scale));
-      };
-      double mass = 0;
-      for (int32_t c = 0; c < found; ++c) mass += weight(c);
-      double rest = u * mass;
-      int64_t last = sorted[0];
-      for (int32_t c = 0; c < found && rest >= 0; ++c) {
-        if (weight(c) == 0) continue;
-        last = sorted[c];
-        rest -= weight(c);
-      }
-      shared.drawn = last;
-    }
-    sync_block();
-    return shared.drawn;
-  }
-
   // `trusted`: the first doubtful token was the target's own choice, of a policy that then asks no
   // more.
   __device__ Step by_policy(BlockResidual<Element>& law, int32_t node, bool* trusted) {
@@ -211,7 +153,7 @@ struct BlockRow {
             *trusted = o.first_only;
           break;
         case Policy::probability_floor:
-          good = p >= floor && rank(logits(node), token) < o.top_k;
+          good = p >= floor && rank_of(logits(node), row.V, token, shared) < o.top_k;
           break;
         case Policy::typical:
           good = p > floor;
@@ -221,7 +163,7 @@ struct BlockRow {
     if (by_choice) return {-1, choice};
     const float u = draw_coin(node);
     if (o.policy == Policy::typical) return {-1, law.draw(u, s)};
-    return {-1, draw_likeliest(logits(node), drawn_tokens(o, row.V), u, shared)};
+    return {-1, draw_likeliest(logits(node), row.V, drawn_tokens(o, row.V), row.scale, u, shared)};
   }
 
   template <Family family>

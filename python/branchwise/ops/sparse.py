@@ -37,9 +37,9 @@ def sparse_attention(
     :func:`tree_attention`. Units and ranges may overlap; a slot counts once.
 
     Args:
-        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks, softcap, key_scale,
-            value_scale: as in :func:`tree_attention`. ``seq_lens`` may be i32[B, Hkv], lengths per head, and ``page_table``
-            i32[B, Hkv, N], pages per head. Pages that hold nothing visible may be missing (any number in the table).
+        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, sinks, softcap, key_scale, value_scale:
+            as in :func:`tree_attention`. ``seq_lens`` may be i32[B, Hkv], lengths per head, and ``page_table`` i32[B,
+            Hkv, N], pages per head. Pages that hold nothing visible may be missing (any number in the table).
         indices: i32[B, Hs, K] listed units, ascending, the first ``counts`` of each list; Hs is 1 (all heads share the
             list) or Hkv. i32[B, T, Hs, K] gives every new token a list of its own, so that the nodes of a tree see
             what they would see one at a time.
