@@ -56,7 +56,7 @@ GPU_PYTHON ?= python3
 test-gpu-sanitize:
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
-	    $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/gpu -k "cuda and not fp32 and (T1- or T7- or kv or row_alone)" || exit 1; \
+	    $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/gpu -k "cuda and not fp32 and (T1- or T7- or kv or row_alone or rows_alone or growing or append_and_commit or steps_of)" || exit 1; \
 	done
 
 demo: $(VENV)/.build

@@ -12,6 +12,8 @@ Opponents: SDPA's flash kernel without a mask, which computes the same for T = 1
 T > 1 (a bound); SDPA with the boolean mask, by its efficient or cuDNN kernel; FlexAttention with the tree as a block
 mask, compiled; FlashInfer's batch decode where it is installed. Those that cannot run a case are left out of it.
 
+Caches in e4m3 are timed against our own kernel on bf16 caches, "bf16".
+
 How to read: "roof" is the share of the roofline that ours reaches, the larger of KV bytes over the copy bandwidth and
 flops over the matmul rate; "x NAME" that opponent's time over ours; "tree cost" the time with ancestor bits over that
 of a causal call, less one.
@@ -53,20 +55,25 @@ class Case:
     D: int = 128
     page_size: int = 0
     keep: float = 0.0  # part of the pages of 16 slots that sparse_attention is given; 0: tree_attention
+    e4m3: bool = False  # the caches
+
+    @property
+    def kv_values(self) -> float:
+        slots = self.prefix * (self.keep or 1.0) + self.T
+        return 2.0 * self.B * self.Hkv * slots * self.D
 
     @property
     def kv_bytes(self) -> float:
-        slots = self.prefix * (self.keep or 1.0) + self.T
-        return 4.0 * self.B * self.Hkv * slots * self.D
+        return self.kv_values * (1 if self.e4m3 else 2)
 
     @property
     def flops(self) -> float:
-        return self.kv_bytes * self.T * (self.Hq // self.Hkv)
+        return 2 * self.kv_values * self.T * (self.Hq // self.Hkv)
 
     def __str__(self) -> str:
         sparse = f" sparse {self.keep:g}" if self.keep else ""
         paged = f" page {self.page_size}" if self.page_size else ""
-        return f"B{self.B} T{self.T} P{self.prefix} {self.Hq}/{self.Hkv}x{self.D}{paged}{sparse}"
+        return f"B{self.B} T{self.T} P{self.prefix} {self.Hq}/{self.Hkv}x{self.D}{paged}{sparse}{' e4m3' * self.e4m3}"
 
 
 CASES = [
@@ -79,6 +86,7 @@ CASES = [
     Case(8, 1, 32768, keep=0.0625, page_size=16),
     Case(8, 16, 32768, keep=0.0625, page_size=16),
     Case(1, 2048, 0),
+    *[Case(8, T, 16384, e4m3=True) for T in (1, 16)],
 ]
 
 
@@ -206,6 +214,14 @@ def opponents(inputs: Inputs) -> dict[str, Callable[[int], Any]]:
     calls: dict[str, Callable[[int], Any]] = {
         "ours": lambda i: ops.tree_attention(query, *cache(i), inputs.seq_lens, inputs.mask, page_table=inputs.table),
     }
+    if case.e4m3:
+        eight = [tuple(x.to(torch.float8_e4m3fn) for x in pair) for pair in inputs.caches]
+        ones = torch.ones(case.Hkv, device="cuda")
+        calls["bf16"] = calls["ours"]
+        calls["ours"] = lambda i: ops.tree_attention(
+            query, *eight[i % inputs.sets], inputs.seq_lens, inputs.mask, key_scale=ones, value_scale=ones
+        )
+        return calls
     if case.T > 1:
         calls["causal"] = lambda i: ops.tree_attention(query, *cache(i), inputs.seq_lens, page_table=inputs.table)
     if inputs.table is not None:

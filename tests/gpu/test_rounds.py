@@ -152,6 +152,15 @@ def test_a_model_that_reads_values_runs_without_graphs(speculation):
     assert done.unfit == "MistralForCausalLM calls aten::_local_scalar_dense in its forward"
 
 
+def test_a_recording_that_fails(speculation, recorder, monkeypatch):
+    def fail(run):
+        raise RuntimeError("out of graphs")
+
+    monkeypatch.setattr(recorder, "record", fail)
+    done = speculation().check()
+    assert done.recorded == 0 and done.unfit == "out of graphs"
+
+
 def test_drafters_get_logits(speculation):
     done = speculation().check(new=40, drafter=bw.drafters.TokenRecycling())
     assert done.recorded > 0

@@ -196,22 +196,29 @@ class GraphedRounds:
 
     def _replay(self, key: RoundKey, target: StoredModel, exchange: _Exchange) -> _Round:
         known = self._rounds.get(key)
-        if self.unfit is not None:
-            return self._round(key, target, exchange)
-        if known is None:
+        if known is None and self.unfit is None:
             with HostReads() as reads:
                 done = self._rounds[key] = self._round(key, target, exchange)
             if reads.seen:
                 self.unfit = f"{type(target.model).__name__} calls {reads.seen[0]} in its forward"
             return done
-        if known.recording is None:
-            recording, done = self._recorder.record(lambda: self._round(key, target, exchange))
-            done.recording = recording
-            known = self._rounds[key] = done
-            self.recorded += 1
-        assert known.recording is not None
+        if known is not None and known.recording is None and self.unfit is None:
+            known = self._record(key, target, exchange)
+        if known is None or known.recording is None:
+            return self._round(key, target, exchange)
         known.recording.replay()
         return known
+
+    def _record(self, key: RoundKey, target: StoredModel, exchange: _Exchange) -> _Round | None:
+        try:
+            recording, done = self._recorder.record(lambda: self._round(key, target, exchange))
+        except RuntimeError as error:  # not worth a text; what the device cannot do at all is raised by what comes next
+            self.unfit = str(error)
+            return None
+        done.recording = recording
+        self._rounds[key] = done
+        self.recorded += 1
+        return done
 
     def _round(self, key: RoundKey, target: StoredModel, exchange: _Exchange) -> _Round:
         """What a graph holds: reads and writes tensors at fixed addresses, and never their values."""

@@ -18,7 +18,7 @@ class DecodeStats:
         accepted: draft nodes that became text.
         emitted: tokens produced.
         seconds_prefill, seconds_draft, seconds_forward, seconds_verify: where the time went; verify includes
-            processors, acceptance and the KV commit.
+            processors, acceptance and the KV commit, which with graphs are part of the forward.
         accepted_flags: per row and emitted token, whether it came from an accepted draft node.
     """
 
