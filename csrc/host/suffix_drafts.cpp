@@ -9,7 +9,7 @@
 namespace branchwise {
 namespace {
 
-constexpr int32_t kLongest = 16;        // agreement beyond this earns no more votes
+constexpr int32_t kLongest = SuffixDrafts::kLongest;
 constexpr float kUnseen = 4.f;          // votes for what no occurrence says
 constexpr float kKeepPerLevel = 0.95f;  // chance that a copied text goes on as before
 
@@ -18,13 +18,14 @@ struct Occurrence {
   int64_t next;
   int32_t length;
   float votes;
+  int32_t token;  // at next
 };
 
 struct Branch {
   float score;
   int32_t parent;  // in the draft
   int32_t token;
-  std::vector<Occurrence> occurrences;  // of the path that ends with the token, next behind it
+  size_t begin, end;  // of all occurrences, those where the token comes next
   bool operator<(const Branch& other) const { return score < other.score; }
 };
 
@@ -43,6 +44,7 @@ SuffixDrafts::SuffixDrafts(SuffixOptions options, std::vector<int32_t> eos)
   at_least(options_.output_weight, 0, "output_weight");
   at_least(options_.min_score, 0, "min_score");
   at_least(static_cast<double>(options_.capacity), 1, "capacity");
+  for (int32_t i = 0; i <= kLongest; ++i) votes_[i] = std::pow(options_.growth, i);
 }
 
 const SuffixDrafts::Request& SuffixDrafts::request(int64_t id) const {
@@ -91,52 +93,56 @@ Draft SuffixDrafts::propose(int64_t id, int32_t max_nodes) const {
   const std::vector<int32_t>& context = request.context;
   Draft draft{{context.back()}, {-1}, {1.f}};
 
+  // Of the root, then of one branch after the other as they are expanded.
   std::vector<Occurrence> all;
   const auto collect = [&](const TokenHistory& history, float weight) {
     history.find(context.data(), static_cast<int64_t>(context.size()), options_.max_match,
                  options_.occurrences, [&](int64_t next, int32_t length) {
-                   const float votes = std::pow(options_.growth, std::min(length, kLongest));
-                   all.push_back({&history, next, length, weight * votes});
+                   const float votes = votes_[std::min(length, kLongest)];
+                   all.push_back({&history, next, length, weight * votes, history.at(next)});
                  });
   };
   collect(request.text, 1.f);
   if (options_.output_weight > 0) collect(outputs_, options_.output_weight);
 
   std::vector<Branch> open;  // a heap
-  const auto expand = [&](std::vector<Occurrence>& occurrences, int32_t parent, float score) {
-    const auto token = [](const Occurrence& o) { return o.history->at(o.next); };
-    std::stable_sort(occurrences.begin(), occurrences.end(),
-                     [&](const Occurrence& a, const Occurrence& b) { return token(a) < token(b); });
+  // `all` from `first` on are the occurrences of the node `parent`.
+  const auto expand = [&](size_t first, int32_t parent, float score) {
+    std::stable_sort(all.begin() + static_cast<int64_t>(first), all.end(),
+                     [](const Occurrence& a, const Occurrence& b) { return a.token < b.token; });
     float total = kUnseen;
-    for (const Occurrence& o : occurrences) total += o.votes;
-    for (size_t i = 0; i < occurrences.size();) {
-      Branch branch{0, parent, token(occurrences[i]), {}};
+    for (size_t i = first; i < all.size(); ++i) total += all[i].votes;
+    for (size_t i = first; i < all.size();) {
+      Branch branch{0, parent, all[i].token, i, i};
       float votes = 0;
-      for (; i < occurrences.size() && token(occurrences[i]) == branch.token; ++i) {
-        Occurrence o = occurrences[i];
-        votes += o.votes;
-        ++o.next;
-        if (++o.length <= kLongest) o.votes *= options_.growth;
-        branch.occurrences.push_back(o);
-      }
+      for (; i < all.size() && all[i].token == branch.token; ++i) votes += all[i].votes;
+      branch.end = i;
       branch.score = score * votes / total * kKeepPerLevel;
       // A text that ended says nothing, and EOS is never drafted; both keep their votes.
       const bool ends = branch.token == TokenHistory::kEnd || eos_.count(branch.token) > 0;
       if (ends || branch.score < options_.min_score) continue;
-      open.push_back(std::move(branch));
+      open.push_back(branch);
       std::push_heap(open.begin(), open.end());
     }
   };
-  expand(all, 0, 1.f);
+  expand(0, 0, 1.f);
   while (!open.empty() && static_cast<int32_t>(draft.tokens.size()) < max_nodes) {
     std::pop_heap(open.begin(), open.end());
-    Branch best = std::move(open.back());
+    const Branch best = open.back();
     open.pop_back();
     const int32_t node = static_cast<int32_t>(draft.tokens.size());
     draft.tokens.push_back(best.token);
     draft.parents.push_back(best.parent);
     draft.scores.push_back(best.score);
-    expand(best.occurrences, node, best.score);
+    if (node + 1 == max_nodes) break;
+    const size_t first = all.size();
+    for (size_t i = best.begin; i < best.end; ++i) {
+      Occurrence o = all[i];
+      o.token = o.history->at(++o.next);
+      if (++o.length <= kLongest) o.votes *= options_.growth;
+      all.push_back(o);
+    }
+    expand(first, node, best.score);
   }
   return draft;
 }

@@ -6,6 +6,7 @@
 // The text of a request is private to it; its output joins the shared history when it ends. All
 // public methods may be called from any thread.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <mutex>
 #include <unordered_map>
@@ -28,6 +29,8 @@ struct SuffixOptions {
 
 class SuffixDrafts {
  public:
+  static constexpr int32_t kLongest = 16;  // agreement beyond this earns no more votes
+
   SuffixDrafts(SuffixOptions options, std::vector<int32_t> eos);
 
   int64_t begin(const int32_t* prompt, int64_t n);
@@ -50,6 +53,7 @@ class SuffixDrafts {
 
   const SuffixOptions options_;
   const std::unordered_set<int32_t> eos_;
+  std::array<float, kLongest + 1> votes_;  // growth^length
   mutable std::mutex mutex_;
   std::unordered_map<int64_t, Request> requests_;
   TokenHistory outputs_;
