@@ -74,6 +74,12 @@ def test_texts_are_those_of_plain_decoding(name, sampled, speculation):
     assert done.recorded > 1
 
 
+def test_mixtures_of_experts(speculation):
+    """Recorded or not, as transformers' version has it."""
+    done = speculation("qwen3_moe").check()
+    assert (done.recorded == 0) == (done.unfit is not None)
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 20, "repetition_penalty": 1.3}], ids=str)
 def test_processors(options, speculation):
     """Temperature is the rule's business; with other processors, a graph holds the forward alone."""
