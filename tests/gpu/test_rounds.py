@@ -1,5 +1,6 @@
 """Whole rounds in graphs: trees in, verdict out, and nothing that Python decided once is decided again."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -33,8 +34,9 @@ class Speculation:
     """Tree speculation with random trees that often contain what plain decoding says."""
 
     def __init__(self, device, name="llama", sampled=False):
-        self.device, self.sampled, self.name = device, sampled, name
-        self.model = tiny.model(name)
+        self.device, self.sampled = device, sampled
+        self.host = tiny.model(name)  # decodes plainly; graphs want weights that stay where they are
+        self.model = self.host if device.emulated else copy.deepcopy(self.host).cuda()
         self.spec = bw.TreeSpeculation("none", max_nodes=12, adaptive=False, seed=4)
 
     def check(self, rows=3, seed=7, new=24, drafter=None, eos_after=None, **options):
@@ -42,10 +44,9 @@ class Speculation:
         ids, mask = tiny.prompts(rows, seed)
         options = {"max_new_tokens": new, "do_sample": self.sampled, "top_k": 0, **options}
         sampler = bw.PositionKeyedSampler(seed=4) if self.sampled else None
-        model = self.model.cpu()
 
         def plainly():
-            return model.generate(ids, custom_generate=sampler, attention_mask=mask, **options)
+            return self.host.generate(ids, custom_generate=sampler, attention_mask=mask, **options)
 
         if eos_after is not None:
             row, place = eos_after
@@ -54,9 +55,8 @@ class Speculation:
         texts = [row[ids.shape[1] :].tolist() for row in plain]
         self.spec.drafter = RandomTrees(texts, 1) if drafter is None else drafter
         with self.device.active():
-            if not self.device.emulated:
-                model, ids, mask = model.cuda(), ids.cuda(), mask.cuda()
-            ours = model.generate(ids, custom_generate=self.spec, attention_mask=mask, **options)
+            inputs = {"inputs": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+            ours = self.model.generate(**inputs, custom_generate=self.spec, **options)
         assert torch.equal(plain, ours.cpu())
         assert self.spec.stats.accepted > 0
         return self.rounds
@@ -135,16 +135,18 @@ def test_slots_that_move_end_graphs(speculation, monkeypatch):
 def test_weights_that_move_end_graphs(speculation):
     spec = speculation("olmo2")
     first = spec.check()
-    head = spec.model.lm_head.weight
-    saved = head.detach().clone()
+    heads = [model.lm_head.weight for model in {spec.host, spec.model}]
+    saved = heads[0].detach().cpu().clone()
     try:
         with torch.no_grad():
-            head.copy_(saved.roll(1, 0))  # as training does
+            for head in heads:
+                head.copy_(saved.roll(1, 0))  # as training does
         assert spec.check() is first
-        head.data = saved.roll(2, 0).to(head.device)
+        for head in heads:
+            head.data = saved.roll(2, 0).to(head.device)
         assert spec.check() is not first
     finally:
-        head.data = saved
+        spec.host.lm_head.weight.data = saved
 
 
 def test_a_model_that_reads_values_runs_without_graphs(speculation):
@@ -202,11 +204,10 @@ def test_one_node_per_row_goes_on_by_itself(speculation):
     spec = speculation()
     spec.spec.max_nodes = 1
     ids, mask = tiny.prompts(3, 7)
-    plain = spec.model.cpu().generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=None)[:, ids.shape[1] :]
+    plain = spec.host.generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=None)[:, ids.shape[1] :]
     with spec.device.active():
-        on = spec.model if spec.device.emulated else spec.model.cuda()
-        inputs = {"inputs": ids.to(on.device), "attention_mask": mask.to(on.device)}
-        on.generate(**inputs, custom_generate=spec.spec, max_new_tokens=6, eos_token_id=None)
+        inputs = {"inputs": ids.to(spec.model.device), "attention_mask": mask.to(spec.model.device)}
+        spec.model.generate(**inputs, custom_generate=spec.spec, max_new_tokens=6, eos_token_id=None)
     done = spec.rounds
     [(key, round_)] = done._rounds.items()
     exchange = done._exchanges[key.rows, key.nodes]
@@ -214,7 +215,6 @@ def test_one_node_per_row_goes_on_by_itself(speculation):
         with torch.no_grad():
             round_.recording.replay()
         assert exchange.trees_there[0][:, 0].tolist() == plain[:, step].tolist()
-    spec.model.cpu()
 
 
 class TestTheStandIn:
