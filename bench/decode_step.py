@@ -23,8 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import facts
 from branchwise import KVStore
-from branchwise.attention import AttentionPlan, use_attention
+from branchwise.attention import use_attention
 from branchwise.demo import load_smollm2
+from branchwise.forward import StoredModel
 
 
 class Step:
@@ -36,11 +37,9 @@ class Step:
         self.positions = torch.arange(P, P + T)[None]
         self.cache = tf.DynamicCache()
         model(prompt, past_key_values=self.cache, logits_to_keep=1)
-        self.store = KVStore(1, P + T)
+        self.target = StoredModel(model, KVStore(1, P + T))
         with use_attention(model):
-            plan = AttentionPlan(self.store.seq_lens, None)
-            model(prompt, past_key_values=self.store, branchwise_plan=plan, logits_to_keep=1)
-        self.store.advance(torch.tensor([P], dtype=torch.int32))
+            self.target.extend([prompt[0]])
 
     def plain(self):
         logits = self.model(self.tokens, past_key_values=self.cache).logits
@@ -48,11 +47,8 @@ class Step:
         return logits
 
     def ours(self):
-        plan = AttentionPlan(self.store.seq_lens, None)
         with use_attention(self.model):
-            return self.model(
-                self.tokens, position_ids=self.positions, past_key_values=self.store, branchwise_plan=plan
-            ).logits
+            return self.target.forward(self.tokens, self.positions)
 
 
 def breakdown(run, top: int = 8) -> list[tuple[str, float]]:

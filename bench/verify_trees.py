@@ -7,12 +7,14 @@ import copy
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import branchwise as bw
 import prompts
 from branchwise import DrawKind, KVStore, RowTree, TokenTree, acceptance
-from branchwise.attention import AttentionPlan, use_attention
+from branchwise.attention import use_attention
 from branchwise.demo import load_smollm2
+from branchwise.forward import StoredModel
 from branchwise.target import Target
 
 DRAWS = 400  # of noise per tree
@@ -43,25 +45,14 @@ def rounded_to_4_bits(model: torch.nn.Module) -> torch.nn.Module:
 class Runner:
     """A model over one context: logits of trees behind it."""
 
-    def __init__(self, model: torch.nn.Module, context: Tensor) -> None:
-        self.model = model
-        self.store = KVStore(1, len(context) + NODES + 2)
-        self._forward(context[None, :-1], None)
-        self.store.advance(torch.tensor([len(context) - 1], dtype=torch.int32))
-
-    def _forward(self, tokens: Tensor, tree: TokenTree | None) -> Tensor:
-        self.store.reserve(tokens.shape[1])
-        positions = self.store.seq_lens[:, None] + torch.arange(tokens.shape[1]) if tree is None else tree.positions
-        plan = AttentionPlan(self.store.seq_lens, None if tree is None else tree.tree_mask)
-        out = self.model(
-            input_ids=tokens, position_ids=positions, past_key_values=self.store, use_cache=True, branchwise_plan=plan
-        )
-        return out.logits.float()
+    def __init__(self, model: PreTrainedModel, context: Tensor) -> None:
+        self.target = StoredModel(model, KVStore(1, len(context) + NODES + 2))
+        self.target.extend([context[:-1]])
 
     def logits(self, row: RowTree) -> Tensor:
         """[T, V]; nothing is kept."""
-        tree = TokenTree([row], self.store.seq_lens)
-        return self._forward(tree.tokens, tree)[0]
+        tree = TokenTree([row], self.target.store.seq_lens)
+        return self.target.forward(tree.tokens, tree.positions, tree.tree_mask)[0].float()
 
 
 def draft_tree(runner: Runner, root: int, widths: list[int], draws: DrawKind, temperature: float, g) -> RowTree:
