@@ -17,10 +17,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = 7
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("V", [1, 2, 5, 1023, 1024, 1025, 5000])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_confidence(dtype, V, score, isa):
+def odd_logits(V, dtype):
+    """[9, V], with ties, infinities and NaN."""
     g = torch.Generator().manual_seed(V)
     logits = (torch.randn(9, V, generator=g) * 4).to(dtype)
     logits[0] = 0.0  # all equal
@@ -30,6 +28,14 @@ def test_confidence(dtype, V, score, isa):
         logits[3, [1, 3]] = 30.0  # a tie at the top
         logits[4, 2] = math.nan
         logits[5, 2] = math.inf
+    return logits
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("V", [1, 2, 5, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confidence(dtype, V, score, isa):
+    logits = odd_logits(V, dtype)
     for exclude in (None, torch.tensor([0]), torch.tensor([V - 1, 1, V, -3, 1])):
         tokens, scores = ops.confidence(logits, exclude, score=score)
         inside = None if exclude is None else exclude[(exclude >= 0) & (exclude < V)]

@@ -1,5 +1,6 @@
 // Checks shared by the ops that read or write KV caches.
 #pragma once
+#include <cmath>
 #include <optional>
 #include <string>
 
@@ -59,6 +60,10 @@ inline CacheScales check_scales(const char* op, const Tensor& key_cache, const T
     check_size(op, name, *scale, 0, Hkv, "Hkv");
     check_dtype(op, name, *scale, ScalarType::Float);
     check_contiguous(op, name, *scale);
+    const float* factor = static_cast<const float*>(scale->const_data_ptr());
+    for (int64_t h = 0; kChecksValues && h < Hkv; ++h)
+      BW_CHECK(factor[h] > 0 && std::isfinite(factor[h]), op, ": ", name, "[", h, "] = ", factor[h],
+               " must be positive and finite");
   }
   return {static_cast<const float*>(key_scale->const_data_ptr()),
           static_cast<const float*>(value_scale->const_data_ptr())};

@@ -1,8 +1,6 @@
 // tree_attention, sparse_attention and merge_attention: what each row attends to.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <array>
@@ -12,6 +10,7 @@
 
 #include "common/e4m3.h"
 #include "cpu/attend.h"
+#include "cpu/elements.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
 
@@ -117,45 +116,43 @@ bool all_pages_exist(const AttentionCall& call, int64_t row, int64_t head, int64
   return exist;
 }
 
-// Caches in e4m3 as whole caches of the query's type: right, and slow. Returns what must live as
-// long as the call.
+// A cache in e4m3 as one of the query's type: right, and slow. Slots that nobody attends to are 0.
+Tensor dequantise(const AttentionCall& call, const AttentionInputs& in, const Tensor& cache,
+                  const float* scale) {
+  const int64_t Hkv = call.shape.Hkv, D = cache.size(3);
+  const std::array<int64_t, 4> sizes{cache.size(0), cache.size(1), cache.size(2), D};
+  Tensor whole = empty<4>(sizes, in.query.scalar_type());
+  std::memset(whole.mutable_data_ptr(), 0, whole.numel() * whole.element_size());
+  const KvLayout from = layout_of(cache, in.page_table), to = layout_of(whole, in.page_table);
+  const auto* source = static_cast<const uint8_t*>(cache.const_data_ptr());
+  const auto unpack = [&](int64_t b, int64_t h, auto* target) {
+    for (int64_t slot = 0; slot < call.lens.at(b, h) + call.args.N; ++slot) {
+      if (!page_exists(call, b, h, slot)) continue;
+      const uint8_t* row = source + from.offset(b, h, slot);
+      auto* out = target + to.offset(b, h, slot);
+      for (int64_t d = 0; d < D; ++d) out[d] = from_e4m3(row[d]) * scale[h];
+    }
+  };
+  torch::stable::parallel_for(0, call.B * Hkv, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      with_elements(call.args.type, whole.mutable_data_ptr(),
+                    [&](auto* target) { unpack(i / Hkv, i % Hkv, target); });
+  });
+  return whole;
+}
+
+// Replaces caches in e4m3. Returns what must live as long as the call.
 std::vector<Tensor> dequantise(AttentionCall& call, const AttentionInputs& in) {
   if (!in.key_scale) return {};
-  std::vector<Tensor> held;
-  const int64_t Hkv = call.shape.Hkv;
-  for (const bool keys : {true, false}) {
-    const Tensor& cache = keys ? in.key_cache : in.value_cache;
-    const float* scale = keys ? call.args.key_scale : call.args.value_scale;
-    const std::array<int64_t, 4> sizes{cache.size(0), cache.size(1), cache.size(2), cache.size(3)};
-    Tensor whole = empty<4>(sizes, in.query.scalar_type());
-    std::memset(whole.mutable_data_ptr(), 0, whole.numel() * whole.element_size());
-    const KvLayout from = layout_of(cache, in.page_table), to = layout_of(whole, in.page_table);
-    const auto* source = static_cast<const uint8_t*>(cache.const_data_ptr());
-    torch::stable::parallel_for(0, call.B * Hkv, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / Hkv, h = i % Hkv, slots = call.lens.at(b, h) + call.args.N;
-        for (int64_t slot = 0; slot < slots; ++slot) {
-          if (!page_exists(call, b, h, slot)) continue;  // of slots that nobody attends to
-          const uint8_t* row = source + from.offset(b, h, slot);
-          const int64_t at = to.offset(b, h, slot);
-          for (int64_t d = 0; d < sizes[3]; ++d) {
-            const float value = from_e4m3(row[d]) * scale[h];
-            if (call.args.type == DType::f32)
-              static_cast<float*>(whole.mutable_data_ptr())[at + d] = value;
-            else if (call.args.type == DType::bf16)
-              static_cast<c10::BFloat16*>(whole.mutable_data_ptr())[at + d] = value;
-            else
-              static_cast<c10::Half*>(whole.mutable_data_ptr())[at + d] = value;
-          }
-        }
-      }
-    });
-    (keys ? call.args.key_cache : call.args.value_cache) = whole.const_data_ptr();
-    (keys ? call.args.key_layout : call.args.value_layout) = to;
-    held.push_back(whole);
-  }
-  call.args.key_scale = call.args.value_scale = nullptr;
-  return held;
+  AttentionArgs& a = call.args;
+  const Tensor keys = dequantise(call, in, in.key_cache, a.key_scale);
+  const Tensor values = dequantise(call, in, in.value_cache, a.value_scale);
+  a.key_cache = keys.const_data_ptr();
+  a.value_cache = values.const_data_ptr();
+  a.key_layout = layout_of(keys, in.page_table);
+  a.value_layout = layout_of(values, in.page_table);
+  a.key_scale = a.value_scale = nullptr;
+  return {keys, values};
 }
 
 }  // namespace

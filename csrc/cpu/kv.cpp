@@ -1,34 +1,22 @@
 // append_kv and commit_kv: the two writers of a KV cache.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cstring>
 #include <vector>
 
 #include "common/e4m3.h"
 #include "common/kv_call.h"
+#include "cpu/elements.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/rope_kernel.h"
 
 namespace branchwise {
 namespace {
 
-float element_at(DType type, const char* row, int64_t i) {
-  switch (type) {
-    case DType::f32:
-      return reinterpret_cast<const float*>(row)[i];
-    case DType::bf16:
-      return reinterpret_cast<const c10::BFloat16*>(row)[i];
-    default:
-      return reinterpret_cast<const c10::Half*>(row)[i];
-  }
-}
-
 void quantise(DType type, const char* row, int64_t D, float scale, char* out) {
   for (int64_t d = 0; d < D; ++d)
-    out[d] = static_cast<char>(to_e4m3(element_at(type, row, d) / scale));
+    out[d] = static_cast<char>(to_e4m3(read_element(type, row, d) / scale));
 }
 
 }  // namespace

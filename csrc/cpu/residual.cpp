@@ -1,11 +1,10 @@
 #include "cpu/residual.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+
+#include "cpu/elements.h"
 
 namespace branchwise {
 namespace {
@@ -147,17 +146,7 @@ int64_t Residual::draw(float u) const {
   return begin + last;
 }
 
-float logit(const LogitsRow& row, int64_t token) {
-  switch (row.type) {
-    case DType::f32:
-      return static_cast<const float*>(row.data)[token];
-    case DType::bf16:
-      return static_cast<const torch::headeronly::BFloat16*>(row.data)[token];
-    case DType::f16:
-      return static_cast<const torch::headeronly::Half*>(row.data)[token];
-  }
-  return 0;
-}
+float logit(const LogitsRow& row, int64_t token) { return read_element(row.type, row.data, token); }
 
 int64_t argmax(const VocabKernels& kernels, const LogitsRow& row, BlockSums& sums) {
   sums.largest.resize(blocks_of(row.size));

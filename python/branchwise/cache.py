@@ -118,7 +118,7 @@ class KVStore(Cache):
 
     def commit(self, accepted: Tensor, num_accepted: Tensor) -> None:
         """Keeps the accepted nodes of the last append and forgets the rest; see :func:`branchwise.ops.commit_kv`."""
-        caches = [tensor for layer in self._contiguous() for tensor in (layer.keys, layer.values)]
+        caches = self.caches()
         for layer in self._paged():
             layer.commit(accepted, num_accepted)
         if caches:
@@ -201,6 +201,10 @@ class KVStore(Cache):
             copy.is_initialized = True
         other.set_lengths(self.seq_lens[index])
         return other
+
+    def caches(self) -> list[Tensor]:
+        """Keys and values of all contiguous layers, for :func:`branchwise.ops.commit_kv`."""
+        return [cache for layer in self._contiguous() for cache in (layer.keys, layer.values)]
 
     def row(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values [Hkv, P, D] of one row, as views; of a layer without evicted tokens."""

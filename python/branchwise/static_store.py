@@ -40,10 +40,6 @@ class StaticStore(KVStore):
         finally:
             self.seq_lens = self.append_at = host
 
-    def caches(self) -> list[Tensor]:
-        """Keys and values of all layers, for :func:`branchwise.ops.commit_kv`."""
-        return [cache for layer in self._contiguous() for cache in (layer.keys, layer.values)]
-
     def _rows(self, layer: KVLayer, old: Tensor, index: Tensor) -> Tensor:
         kept = old[: len(index)]
         return kept.copy_(old.index_select(0, index.to(old.device)))

@@ -113,8 +113,8 @@ def test_values_outside_the_cache_are_not_read(dtype, device):
     wild = torch.tensor([-(2**31), -1, 0, 2, 7, 2**31 - 1], dtype=torch.int32)
     for seed in range(4):
         g = torch.Generator().manual_seed(seed)
-        draw = lambda *shape: wild[torch.randint(0, len(wild), shape, generator=g)]  # noqa: E731, B023
-        lists = {"indices": draw(2, 1, 5), "counts": draw(2, 1), "segment_offsets": draw(2, 1, 4)}
+        shapes = {"indices": (2, 1, 5), "counts": (2, 1), "segment_offsets": (2, 1, 4)}
+        lists = {name: wild[torch.randint(0, len(wild), shape, generator=g)] for name, shape in shapes.items()}
         out, _ = device.sparse_attention(query, key, value, seq_lens, tree_mask=mask, page_table=table, **lists)
         assert out.isfinite().all()
     table[0, 1], table[0, 2] = 10**6, -1

@@ -134,5 +134,9 @@ def test_refuses(on):
         on.append_kv(query, query, cache, cache, lens, key_scale=scale)
     with pytest.raises(RuntimeError, match=r"value_scale.size\(0\) must be Hkv = 2"):
         on.tree_attention(query, cache, cache, lens, key_scale=scale, value_scale=torch.ones(3))
+    if on is ops:  # values are not looked at on a GPU
+        for bad in (0.0, -1.0, torch.nan, torch.inf):
+            with pytest.raises(RuntimeError, match=r"key_scale\[1\] = .* must be positive and finite"):
+                on.append_kv(query, query, cache, cache, lens, key_scale=torch.tensor([1.0, bad]), value_scale=scale)
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
         on.evict_kv(cache, cache, torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))

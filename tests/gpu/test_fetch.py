@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from branchwise import ops
-from test_ops_fetch import HKV, B, D, S, dirty, lists_of, store_of
+from test_ops_fetch import HKV, B, D, S, check_too_many_pages, dirty, lists_of, store_of
 from test_ops_scores import LAYOUTS, cache_of, int32, lens_of
 
 
@@ -29,15 +29,7 @@ def test_growing_text(dtype, width, page_size, unit, layout, device):
 
 
 def test_too_many_pages_change_nothing(device):
-    key, value, _ = cache_of(B, HKV, D, S, torch.float32)
-    fast = store_of(3, 8, torch.float32)
-    before = [t.clone() for t in fast]
-    indices = torch.arange(3, dtype=torch.int32).expand(B, HKV, 3).contiguous()
-    counts = torch.full((B, HKV), 3, dtype=torch.int32)
-    needed, copied = device.fetch_slots(key, value, None, indices, counts, 8, int32(40, 41), 1, *fast)
-    assert needed.tolist() == [[4] * HKV] * 2 and int(copied.sum()) == 0
-    for a, b in zip(fast, before, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)
+    check_too_many_pages(device)
 
 
 def test_values_outside(device):

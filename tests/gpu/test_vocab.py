@@ -1,13 +1,11 @@
 """What drafters and masked-diffusion decoders ask of logits, on CUDA: the CPU ops are the oracle."""
 
-import math
-
 import pytest
 import torch
 
 from branchwise import ops
 from branchwise.ops.diffusion import SCORES
-from test_ops_diffusion import MASK, random_windows
+from test_ops_diffusion import MASK, odd_logits, random_windows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -60,16 +58,8 @@ def test_more_top_tokens_than_a_block_holds(device):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("V", [1, 2, 5, 1025, 5000])
 def test_confidence(V, score, device):
-    g = torch.Generator().manual_seed(V)
     for dtype in DTYPES:
-        logits = (torch.randn(9, V, generator=g) * 4).to(dtype)
-        logits[0] = 0.0  # all equal
-        logits[1, V // 2 :] = -math.inf
-        logits[2] = -math.inf
-        if V > 3:
-            logits[3, [1, 3]] = 30.0  # a tie at the top
-            logits[4, 2] = math.nan
-            logits[5, 2] = math.inf
+        logits = odd_logits(V, dtype)
         for exclude in (None, torch.tensor([V - 1, 1, V, -3, 1])):
             for drawn in ({}, {"temperature": 0.8, "keys": torch.arange(9) * 77 - 300}):
                 actual = device.confidence(logits, exclude, score=score, **drawn)

@@ -16,6 +16,7 @@ from ..kv_tree import KVTree
 from ..noise import Noise, Purpose
 from ..target import Processor
 from .monitor import Monitor
+from .request import Ending
 from .stats import DecodeStats
 from .tree_run import TreeRun
 from .tree_size import cost_model
@@ -74,6 +75,7 @@ class Branches:
             raise ValueError(f"{type(model).__name__} is under a KV policy; a search keeps a KV tree of its own")
         self.model, self.config, self.processors, self.stopping = model, config, processors, stopping
         self.longest, self.padding, self.seed, self.max_nodes, self.monitor = longest, padding, seed, max_nodes, monitor
+        self._ended = Ending(stopping, longest)
         self.drafter = drafter
         self.tree = KVTree()
         self.texts: dict[int, Tensor] = {}
@@ -266,7 +268,7 @@ class Branches:
 
     def _note_end(self, branch: int) -> None:
         text = self.texts[branch][None]
-        if text.shape[1] >= self.longest or (self.stopping and bool(self.stopping(text, None).all())):
+        if self._ended(text):
             self.ended.add(branch)
 
     def _inherit(self, parents: Sequence[int], forks: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from ..cache import KVStore
 from ..forward import StoredModel
 from ..layers import LayerSwitch, pass_through
 from .call import Call, Decoder
-from .request import pad_and_stack
+from .request import Ending, pad_and_stack
 from .stats import DecodeStats
 
 # Hidden states [n, H] after a layer -> logits [n, 3] of stop, exit and continue.
@@ -79,6 +79,7 @@ class EarlyExitLossy(Decoder):
         prompts, streamer = call.prompts, call.streamer
         stopping = call.stopping or StoppingCriteriaList()
         max_length = stopping.max_length or config.max_length
+        ending = Ending(stopping, max_length)
         processors = call.row_processors()
         self.exits = dict.fromkeys([*self.thresholds, layers], 0)
         self.stopped, self.stats = [], DecodeStats(rule="early_exit_lossy", exact=False)
@@ -97,7 +98,7 @@ class EarlyExitLossy(Decoder):
             self.stats.emitted += 1
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
-            ended[row] = texts[row].shape[1] >= max_length or bool(stopping and stopping(texts[row], None).all())
+            ended[row] = ending(texts[row])
 
         with use_attention(model):
             staged = _StagedModel(model, prompts, list(self.thresholds), max_length)

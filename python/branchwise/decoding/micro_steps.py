@@ -19,7 +19,7 @@ from ..target import Processor
 from .call import Call, Decoder
 from .keyed_sampler import draw_tokens
 from .monitor import Monitor, watch
-from .request import pad_and_stack
+from .request import Ending, pad_and_stack
 from .stats import DecodeStats
 
 
@@ -131,7 +131,7 @@ class _Run:
         noise: Noise | None,
     ) -> None:
         self.options, self.model, self.processors, self.noise = options, model, processors, noise
-        self.stopping, self.longest = stopping, longest
+        self.ended = Ending(stopping, longest)
         self.stats = DecodeStats(rule="micro_steps", exact=False)
         self._features: dict[int, Tensor] = {}
 
@@ -210,7 +210,7 @@ class _Run:
                 text = self.texts[row] = torch.cat([self.texts[row], tokens[i].view(1, 1)], 1)
                 if self.streamer is not None:
                     self.streamer.put(tokens[i : i + 1])
-                if text.shape[1] >= self.longest or (self.stopping and bool(self.stopping(text, None).all())):
+                if self.ended(text):
                     going[i] = False
                 open_[i] = going[i] and 1 - float(ends[i]) >= options.threshold
             if not any(open_):

@@ -28,12 +28,12 @@ _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 class Ending:
-    """Whether stopping criteria end a row's text. Transformers' own two are looked at without a tensor: they are asked
-    for every token."""
+    """Whether a row's text has ended, by its criteria or its length. Transformers' own two criteria are looked at
+    without a tensor: they are asked for every token."""
 
-    def __init__(self, criteria: StoppingCriteriaList) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, longest: int = sys.maxsize) -> None:
         self._tokens: set[int] = set()
-        self._length = sys.maxsize
+        self._length = longest
         self._others = StoppingCriteriaList()
         for criterion in criteria:
             if type(criterion) is EosTokenCriteria:
@@ -43,9 +43,10 @@ class Ending:
             else:
                 self._others.append(criterion)
 
-    def __call__(self, text: Tensor, length: int, token: int) -> bool:
-        """``text``: i64[1, length and more], whose ``length``-th token is ``token``."""
-        if token in self._tokens or length >= self._length:
+    def __call__(self, text: Tensor, length: int | None = None, token: int | None = None) -> bool:
+        """``text``: i64[1, n], the first ``length`` tokens of it (default: all), the last of which is ``token``."""
+        length = text.shape[1] if length is None else length
+        if length >= self._length or (int(text[0, length - 1]) if token is None else token) in self._tokens:
             return True
         return bool(self._others and self._others(text[:, :length], None).all())
 

@@ -17,7 +17,7 @@ from ..forward import StoredModel
 from ..noise import Noise, Purpose, Seed, row_seeds
 from .call import Call, Decoder
 from .monitor import Monitor, watch
-from .request import pad_and_stack
+from .request import Ending, pad_and_stack
 from .stats import DecodeStats
 
 FALLBACK = -1  # the trial of a token that the student drew itself
@@ -159,6 +159,7 @@ class _Run:
 
     def decode(self, traces: list[Trace], input_ids: Tensor, longest: int, stopping: StoppingCriteriaList) -> None:
         options, B = self.options, len(traces)
+        ending = Ending(stopping, longest)
         last = torch.stack([prompt[-1] for prompt in self._prompts])
         begun = time.perf_counter()
         self._prefill()
@@ -186,7 +187,7 @@ class _Run:
                     trace.probabilities.append(probability)
                     said += 1
                     text = torch.cat([input_ids[b], torch.tensor(trace.tokens)])[None]
-                    if padded + len(trace.tokens) >= longest or bool(stopping(text, None).all() if stopping else False):
+                    if ending(text):
                         break
                 else:
                     kept.append(i)

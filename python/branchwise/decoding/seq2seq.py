@@ -16,6 +16,7 @@ from ..acceptance import Rule
 from ..target import Processor, Target
 from ..tree import RowTree, TokenTree
 from .monitor import Monitor
+from .request import Ending
 from .stats import DecodeStats
 
 
@@ -74,7 +75,7 @@ def write_row(
     """One text i64[n] by the two phases of card bild, from the decoder's ``start`` tokens i64[m] on."""
     text = torch.nn.functional.pad(start[None], (0, longest + little_tokens + 1 - len(start)))
     length, flags = len(start), []
-    ended = False
+    ending, ended = Ending(stopping, longest), False
     while not ended and not (monitor is not None and monitor.cancelled):
         draft = _draft(little, text[0, :length].tolist(), min(little_tokens, longest - length - 1), fallback, eos)
         tree = TokenTree(
@@ -92,7 +93,7 @@ def write_row(
             flags.append(i < drafted)
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
-            if length >= longest or (stopping and bool(stopping(text[:, :length], None).all())):
+            if ending(text, length, token):
                 ended = True
                 break
         stats.drafted += len(draft)

@@ -69,7 +69,7 @@ class TreeRun:
     ) -> None:
         self.rounds = rounds
         self.model, self.config, self.rule, self.processors, self.noise = model, config, rule, processors, noise
-        self.endings = [Ending(criteria) for criteria in stopping]
+        self.stopping = stopping
         self.streamer, self.max_nodes = streamer, max_nodes
         self.cost, self.sizer, self.monitor, self.enough = cost, sizer, monitor, enough
         self.texts: list[Tensor] = []
@@ -103,6 +103,7 @@ class TreeRun:
         self.draws = drafter.draws if sampling else DrawKind.DETERMINISTIC
         self.needs = drafter.needs
         self.padding, self.longest = padding, longest
+        self.endings = [Ending(*pair) for pair in zip(self.stopping, longest, strict=True)]
         self.lengths = [len(text) for text in texts]
         self.begun = list(self.lengths)
         # As plain generate's processors and criteria see them, padding included.
@@ -300,7 +301,7 @@ class TreeRun:
         for said, token in enumerate(tokens, start=1):
             if self.streamer is not None:
                 self.streamer.put(torch.tensor([token]))
-            if begin + said >= self.longest[row] or self.endings[row](text, begin + said, token):
+            if self.endings[row](text, begin + said, token):
                 self.finished[i] = True
                 tokens = tokens[:said]
                 break

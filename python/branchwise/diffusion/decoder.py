@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from ..attention import use_attention
 from ..decoding.call import Call, Decoder
-from ..decoding.request import pad_and_stack
+from ..decoding.request import Ending, pad_and_stack
 from ..decoding.stats import DecodeStats
 from ..noise import Noise, Seed, row_seeds
 from ..target import ignores_text
@@ -103,7 +103,7 @@ class BlockDecoder(Decoder):
             run = _Run(rows, self._engine(model, layout, rows), sampler, self.on_state)
             run.stats.seconds_prefill = time.perf_counter() - begun
             run.padding = [input_ids[b, :start] for b, start in enumerate(call.starts)]
-            run.stopping = stopping
+            run.ended = Ending(stopping)
             run.streamer = call.streamer
             run.decode()
         self.stats = run.stats
@@ -167,7 +167,7 @@ class _Run:
     """One call."""
 
     padding: list[Tensor]
-    stopping: StoppingCriteriaList
+    ended: Ending
     streamer: Any
 
     def __init__(
@@ -224,7 +224,7 @@ class _Run:
             if self.streamer is not None:
                 self.streamer.put(row.tokens[self.said[b] - 1 : self.said[b]])
             text = torch.cat([self.padding[b], row.tokens[: self.said[b]]])[None]
-            if self.stopping and bool(self.stopping(text, None).all()):
+            if self.ended(text):
                 self.ends[b] = self.said[b]
                 return True
         return row.finished
