@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 namespace branchwise {
 
@@ -16,7 +17,7 @@ class Buffer {
   float* reserve(int64_t floats) {
     if (floats > size_) {
       data_.reset();
-      data_.reset(new float[floats]);
+      data_.reset(static_cast<float*>(::operator new[](floats * sizeof(float), kLine)));
       size_ = floats;
     }
     return data_.get();
@@ -30,7 +31,12 @@ class Buffer {
 
  private:
   static constexpr int64_t kKept = 4 << 20;
-  std::unique_ptr<float[]> data_;
+  // A vector register is a line: across two of them, every load and store is two.
+  static constexpr std::align_val_t kLine{64};
+  struct Delete {
+    void operator()(float* data) const { ::operator delete[](data, kLine); }
+  };
+  std::unique_ptr<float[], Delete> data_;
   int64_t size_ = 0;
 };
 inline thread_local Buffer workspace_buffer, scratch_buffer;

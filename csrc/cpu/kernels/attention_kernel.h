@@ -61,8 +61,8 @@ inline int64_t query_floats(int64_t rows, int64_t D) {
 }
 inline int64_t scratch_floats(int64_t rows, int64_t D) {
   return query_floats(rows, D) + kKeyTile * 3 * kRowPad  // scores of one tile
-         + 2 * kKeyTile * D        // keys and values as the products read them
-         + 8 * padded_rows(rows);  // per-row bounds and bit words
+         + 2 * kKeyTile * round_up(D, kRowPad)  // keys and values as the products read them
+         + 8 * padded_rows(rows);               // per-row bounds and bit words
 }
 
 // merge_attention on [n] rows of D values.

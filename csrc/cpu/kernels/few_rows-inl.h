@@ -73,11 +73,11 @@ inline void add_block(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const
 #pragma GCC unroll 16
         for (int c = 0; c < NC; ++c) {
           const int64_t at = d + c * kLanes * kPack;
-          M::columns(tile.values + begin + s, at, x + c * kPack);
+          M::columns(tile.values() + begin + s, at, x + c * kPack);
           for (int i = 0; i < kPack; ++i) ahead.step();
         }
       } else {
-        M::columns(tile.values + begin + s, d, n, x);
+        M::columns(tile.values() + begin + s, d, n, x);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -163,10 +163,10 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
     const Tile<T>* tile = tiles + at;
     Tile<T>* later = tiles + (at + kTilesAhead) % (kTilesAhead + 1);
     find_tile(a, u, slot + kTilesAhead * kKeyTile, later);
-    Prefetcher<T> ahead(later->keys, later->values, later->count, D);
+    Prefetcher<T> ahead(later->rows, 2 * kKeyTile, D);
     const int64_t count = tile->count, groups = (count + S - 1) / S;
     for (int64_t g = 0; g < groups; ++g) {
-      f32v x = score_slots<M, R>(tile->keys + g * S, ahead, query, D) * scale;
+      f32v x = score_slots<M, R>(tile->keys() + g * S, ahead, query, D) * scale;
       if (a.softcap > 0.f) x = tanh(x) * (a.softcap * kLog2e);
       store(scores + g * kLanes, x);
     }

@@ -16,27 +16,37 @@
 template <int NV>
 constexpr int kBroadcast = NV == 1 || kRegisters == 32 ? 8 : 4;
 
+// Eight sums are too few to hide how long a multiply-add takes. Sixteen have registers for the
+// sums, but not for as many pointers: they need elements at distances that the compiler knows.
+template <int NV>
+constexpr int kWide = NV == 1 && kRegisters == 32 ? 16 : kBroadcast<NV>;
+
+constexpr int64_t kPairs = kKeyTile / 2;
+
 // A tile as the products read it: lines of elements.
 template <typename M>
 struct Lines {
-  int64_t begin, count;                                    // places [begin, begin + count)
-  const typename M::Element* keys[kKeyTile];               // one per slot
-  const typename M::Element* values[kKeyTile / M::kPack];  // one per kPack slots
+  int64_t begin, count;                       // places [begin, begin + count)
+  const typename M::Element* keys[kKeyTile];  // one per slot
+  // One per slot; of pairs, the first of all: [D / kLanes][kPairs][kLanes], so that what a block of
+  // sums reads lies together.
+  const typename M::Element* values[M::kPack == 1 ? kKeyTile : 1];
 };
 
-// sum[b][v] += sum over i of element line(i)[offset(b)], broadcast, times vector v of panel row i.
-// `ahead` steps once per 16 / NB steps: it is done when the tile is.
+// sum[b][v] += sum over i of the element at elements(i)(b), broadcast, times vector v of panel row
+// i. `ahead` steps once per 16 / NB steps: it is done when the tile is.
 template <typename M, int NV, int NB, typename P, typename F>
-inline void multiply(const float* panel, int64_t steps, const F& element, f32v (&sum)[NB][NV],
+inline void multiply(const float* panel, int64_t steps, const F& elements, f32v (&sum)[NB][NV],
                      P& ahead) {
   constexpr int64_t ld = NV * kLanes;
   const auto step = [&](int64_t i) {
     typename M::Vec x[NV];
 #pragma GCC unroll 3
     for (int v = 0; v < NV; ++v) x[v] = load_as<typename M::Vec>(panel + i * ld + v * kLanes);
-#pragma GCC unroll 8
+    const auto of_step = elements(i);
+#pragma GCC unroll 16
     for (int b = 0; b < NB; ++b) {
-      const typename M::Vec y = M::broadcast(element(i, b));
+      const typename M::Vec y = M::broadcast(of_step(b));
 #pragma GCC unroll 3
       for (int v = 0; v < NV; ++v) sum[b][v] = M::multiply_add(y, x[v], sum[b][v]);
     }
@@ -53,27 +63,90 @@ inline void multiply(const float* panel, int64_t steps, const F& element, f32v (
   ahead = local;
 }
 
-// NB keys or value columns against NV vectors of rows, accumulators in registers.
-template <typename M, int NV, int NB, typename P>
-inline void scores_block(const float* query, const typename M::Element* const* keys, int64_t steps,
-                         float* scores, P& ahead) {
+// NB keys or value columns against NV vectors of rows, accumulators in registers. Not inlined: the
+// registers of what is around them would go to the stack from here. Keys lie Steps elements apart,
+// as many as they have; or anywhere, with 0.
+template <typename M, int NV, int NB, int Steps, typename P>
+[[gnu::noinline]] void scores_block(const float* query, const typename M::Element* const* keys,
+                                    int64_t steps, float* scores, P& ahead) {
   f32v acc[NB][NV] = {};
-  const auto element = [&](int64_t i, int b) { return keys[b] + i; };
-  multiply<M>(query, steps, element, acc, ahead);
+  if constexpr (Steps > 0) {
+    const auto elements = [first = keys[0]](int64_t i) {
+      return [from = first + i](int b) { return from + b * Steps; };
+    };
+    multiply<M>(query, Steps, elements, acc, ahead);
+  } else {
+    const auto elements = [&](int64_t i) { return [=](int b) { return keys[b] + i; }; };
+    multiply<M>(query, steps, elements, acc, ahead);
+  }
+#pragma GCC unroll 16
   for (int b = 0; b < NB; ++b)
+#pragma GCC unroll 3
     for (int v = 0; v < NV; ++v) store(scores + (b * NV + v) * kLanes, acc[b][v]);
 }
 
+template <typename E>
+inline bool one_after_another(const E* const* lines, int count, int64_t length) {
+  int64_t off = 0;
+  for (int i = 1; i < count; ++i) off |= lines[i] - lines[0] - i * length;
+  return off == 0;
+}
+
+// scores^T[slot][row] of `count` keys.
+template <typename M, int NV, typename P>
+void score_lines(const float* query, const typename M::Element* const* keys, int64_t count,
+                 int64_t steps, float* scores, P& ahead) {
+  constexpr int64_t ld = NV * kLanes;
+  constexpr int NB = kBroadcast<NV>, kMost = kWide<NV>;
+  const auto block = [&](auto blocked, auto known, int64_t s) {
+    scores_block<M, NV, decltype(blocked)::value, decltype(known)::value>(query, keys + s, steps,
+                                                                          scores + s * ld, ahead);
+  };
+  int64_t s = 0;
+  if constexpr (kMost > NB) {
+    for (; s + kMost <= count && one_after_another(keys + s, kMost, steps); s += kMost) {
+      if (steps == 32)
+        block(Int<kMost>{}, Int<32>{}, s);
+      else if (steps == 64)
+        block(Int<kMost>{}, Int<64>{}, s);
+      else if (steps == 128)
+        block(Int<kMost>{}, Int<128>{}, s);
+      else
+        break;
+    }
+  }
+  for (; s + NB <= count; s += NB) block(Int<NB>{}, Int<0>{}, s);
+  for (; s < count; ++s) block(Int<1>{}, Int<0>{}, s);
+}
+
 template <typename M, int NV, int NB, typename P>
-inline void values_block(const float* probs, const typename M::Element* const* values, int64_t d,
-                         int64_t steps, const f32v* alpha, float* out, P& ahead) {
+[[gnu::noinline]] void values_block(const float* probs, const typename M::Element* const* values,
+                                    int64_t d, int64_t steps, const f32v* alpha, float* out,
+                                    P& ahead) {
+  out += d * NV * kLanes;
   f32v acc[NB][NV];
+#pragma GCC unroll 16
   for (int b = 0; b < NB; ++b)
-    for (int v = 0; v < NV; ++v) acc[b][v] = load(out + ((d + b) * NV + v) * kLanes) * alpha[v];
-  const auto element = [&](int64_t i, int b) { return values[i] + d + b; };
-  multiply<M>(probs, steps, element, acc, ahead);
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) acc[b][v] = load(out + (b * NV + v) * kLanes) * alpha[v];
+  if constexpr (M::kPack == 1) {
+    const auto elements = [&](int64_t i) {
+      const typename M::Element* from = values[i] + d;
+      asm("" : "+r"(from));  // one address per step, not one offset per sum
+      return [from](int b) { return from + b; };
+    };
+    multiply<M>(probs, steps, elements, acc, ahead);
+  } else {
+    const auto elements = [first =
+                               values[0] + d / kLanes * kLanes * kPairs + d % kLanes](int64_t i) {
+      return [from = first + i * kLanes](int b) { return from + b; };
+    };
+    multiply<M>(probs, steps, elements, acc, ahead);
+  }
+#pragma GCC unroll 16
   for (int b = 0; b < NB; ++b)
-    for (int v = 0; v < NV; ++v) store(out + ((d + b) * NV + v) * kLanes, acc[b][v]);
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) store(out + (b * NV + v) * kLanes, acc[b][v]);
 }
 
 // What a row may see, one lane per row.
@@ -125,13 +198,9 @@ void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>&
                  const float* query, const RowBounds& rows, int64_t row_count, int64_t hidden,
                  float* scores, float* out, float* row_max, float* row_sum) {
   constexpr int64_t ld = NV * kLanes;
-  constexpr int NB = kBroadcast<NV>, kPack = M::kPack;
-  const int64_t count = tile.count, depth = a.D / kPack;
-  int64_t s = 0;
-  for (; s + NB <= count; s += NB)
-    scores_block<M, NV, NB>(query, tile.keys + s, depth, scores + s * ld, ahead);
-  for (; s < count; ++s)
-    scores_block<M, NV, 1>(query, tile.keys + s, depth, scores + s * ld, ahead);
+  constexpr int kPack = M::kPack;
+  const int64_t count = tile.count;
+  score_lines<M, NV>(query, tile.keys, count, a.D / kPack, scores, ahead);
 
   // The scale waits for the subtraction of the maximum, where it is part of a multiply-add; that
   // needs a positive one and nothing in between.
@@ -152,13 +221,13 @@ void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>&
   for (int v = 0; v < NV; ++v) {
     float* column = scores + v * kLanes;
     f32v high = load(column);
-    for (s = 1; s < count; ++s) high = max(high, load(column + s * ld));
+    for (int64_t s = 1; s < count; ++s) high = max(high, load(column + s * ld));
     const f32v before = load(row_max + v * kLanes), top = max(before, high * scale);
     // A row that has seen nothing yet keeps max -inf; 0 instead keeps -inf minus -inf out.
     const f32v shift = top == -kInf ? f32v{} : top;
     alpha[v] = exp2(before - shift);
     f32v sum = load(row_sum + v * kLanes) * alpha[v];
-    for (s = 0; s < count; s += kPack) {
+    for (int64_t s = 0; s < count; s += kPack) {
       f32v p[kPack];
       for (int i = 0; i < kPack; ++i) {
         p[i] = s + i < count ? exp2(load(column + (s + i) * ld) * scale - shift) : f32v{};
@@ -173,13 +242,18 @@ void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>&
 
   const int64_t steps = (count + kPack - 1) / kPack;
   int64_t d = 0;
-  for (; d + NB <= a.D; d += NB)
-    values_block<M, NV, NB>(scores, tile.values, d, steps, alpha, out, ahead);
-  for (; d < a.D; ++d) values_block<M, NV, 1>(scores, tile.values, d, steps, alpha, out, ahead);
+  const auto add_columns = [&](auto columns) {
+    constexpr int NB = decltype(columns)::value;
+    for (; d + NB <= a.D; d += NB)
+      values_block<M, NV, NB>(scores, tile.values, d, steps, alpha, out, ahead);
+  };
+  add_columns(Int<kWide<NV>>{});
+  add_columns(Int<kBroadcast<NV>>{});
+  add_columns(Int<1>{});
 }
 
 // Lines of a tile: in place where the cache already holds elements, else converted into `buffer`
-// (kKeyTile * D floats each for keys and values).
+// (kKeyTile floats for every key and value of a row, D rounded up to 16).
 template <typename T, typename M>
 void make_key_lines(const T* const* rows, int64_t count, int64_t D, float* buffer,
                     Lines<M>* lines) {
@@ -197,19 +271,20 @@ template <typename T, typename M>
 void make_value_lines(const T* const* rows, int64_t count, int64_t D, float* buffer,
                       Lines<M>* lines) {
   if constexpr (M::kPack == 2) {
-    constexpr int64_t kChunk = 2 * kLanes;
-    for (int64_t s = 0; s < count; s += 2, buffer += D) {
+    lines->values[0] = reinterpret_cast<const typename M::Element*>(buffer);
+    for (int64_t s = 0; s < count; s += 2) {
       typename M::Vec x[2];
+      float* to = buffer + s / 2 * kLanes;
       int64_t d = 0;
-      for (; d + kChunk <= D; d += kChunk) {
+      for (; d + 2 * kLanes <= D; d += 2 * kLanes, to += 2 * kLanes * kPairs) {
         M::columns(rows + s, d, x);
-        __builtin_memcpy(buffer + d, x, sizeof x);
+        __builtin_memcpy(to, x, sizeof *x);
+        __builtin_memcpy(to + kLanes * kPairs, x + 1, sizeof *x);
       }
-      if (d < D) {
-        M::columns(rows + s, d, D - d, x);
-        __builtin_memcpy(buffer + d, x, (D - d) * 4);
-      }
-      lines->values[s / 2] = reinterpret_cast<const typename M::Element*>(buffer);
+      if (d == D) continue;
+      M::columns(rows + s, d, D - d, x);
+      __builtin_memcpy(to, x, sizeof *x);
+      if (D - d > kLanes) __builtin_memcpy(to + kLanes * kPairs, x + 1, sizeof *x);
     }
   } else {
     for (int64_t s = 0; s < count; ++s) {
@@ -239,10 +314,10 @@ inline void for_each_group(int64_t rows, F f) {
 template <typename T, typename M>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                    float* scratch) {
-  const int64_t rows = u.rows(), padded = padded_rows(rows);
+  const int64_t rows = u.rows(), padded = padded_rows(rows), width = round_up(a.D, kRowPad);
   float* scores = scratch;
   float* converted = scores + kKeyTile * 3 * kRowPad;
-  int32_t* ints = reinterpret_cast<int32_t*>(converted + 2 * kKeyTile * a.D);
+  int32_t* ints = reinterpret_cast<int32_t*>(converted + 2 * kKeyTile * width);
   const RowBounds all{ints, ints + padded, ints + 2 * padded};
   float* out = u.partial;
   float* row_max = out + a.D * padded;
@@ -274,9 +349,9 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
     find_tile(a, u, slot + kKeyTile, next);
     lines.begin = tile->begin;
     lines.count = tile->count;
-    make_key_lines(tile->keys, tile->count, a.D, converted, &lines);
-    make_value_lines(tile->values, tile->count, a.D, converted + kKeyTile * a.D, &lines);
-    Prefetcher<T> ahead(next->keys, next->values, next->count, a.D);
+    make_key_lines(tile->keys(), tile->count, a.D, converted, &lines);
+    make_value_lines(tile->values(), tile->count, a.D, converted + kKeyTile * width, &lines);
+    Prefetcher<T> ahead(next->rows, 2 * kKeyTile, a.D);
     for_each_group(rows, [&](int64_t first, int nv) {
       const RowBounds part{all.node + first, all.low + first, all.word + first};
       const int64_t ld = nv * kLanes, count = first + ld < padded ? ld : padded - first;

@@ -53,13 +53,7 @@ void few_scores(const KeyTile<T>& tile, Prefetcher<T>& ahead, const float* query
 
 template <typename M, int NV, typename P>
 void many_scores(const Lines<M>& tile, P& ahead, const float* query, int64_t D, TileScores* out) {
-  constexpr int64_t ld = NV * kLanes;
-  constexpr int NB = kBroadcast<NV>;
-  int64_t s = 0;
-  for (; s + NB <= tile.count; s += NB)
-    scores_block<M, NV, NB>(query, tile.keys + s, D / M::kPack, out->data + s * ld, ahead);
-  for (; s < tile.count; ++s)
-    scores_block<M, NV, 1>(query, tile.keys + s, D / M::kPack, out->data + s * ld, ahead);
+  score_lines<M, NV>(query, tile.keys, tile.count, D / M::kPack, out->data, ahead);
   out->vectors = tile.count;
   out->columns = NV;
   out->slots_per_vector = 1;
@@ -112,7 +106,7 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
     const KeyTile<T>* tile = tiles + at;
     KeyTile<T>* later = tiles + (at + kTilesAhead) % (kTilesAhead + 1);
     find(tile->begin + kTilesAhead * kKeyTile, later);
-    Prefetcher<T> ahead(later->keys, nullptr, later->count, D);
+    Prefetcher<T> ahead(later->keys, later->count, D);
     TileScores found{scores, 0, 0, 0};
     if (rows <= kFewRows) {
       few_scores<T, M>(*tile, ahead, query, rows, D, &found);

@@ -6,9 +6,12 @@
 // A tile's rows of both caches; rows behind `count` are zeros, so that loops need no tails.
 template <typename T>
 struct Tile {
-  int64_t begin, count;  // places [begin, begin + count)
-  const T* keys[kKeyTile];
-  const T* values[kKeyTile];
+  int64_t begin, count;         // places [begin, begin + count)
+  const T* rows[2 * kKeyTile];  // keys, then values
+  const T** keys() { return rows; }
+  const T** values() { return rows + kKeyTile; }
+  const T* const* keys() const { return rows; }
+  const T* const* values() const { return rows + kKeyTile; }
 };
 
 alignas(64) constexpr float kZeros[kMaxHeadDim] = {};
@@ -67,16 +70,16 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
   tile->count = left < kKeyTile ? left : kKeyTile;
   for_each_run(
       *u->places, a.key_layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t count) {
-        find_run(a.key_layout, a.key_cache, u->batch, u->kv_head, slot, count, tile->keys + s);
+        find_run(a.key_layout, a.key_cache, u->batch, u->kv_head, slot, count, tile->keys() + s);
         find_run(a.value_layout, a.value_cache, u->batch, u->kv_head, slot, count,
-                 tile->values + s);
+                 tile->values() + s);
       });
-  for (int64_t s = tile->count; s < kKeyTile; ++s) tile->keys[s] = tile->values[s] = zeros<T>();
+  for (int64_t s = tile->count; s < kKeyTile; ++s) tile->keys()[s] = tile->values()[s] = zeros<T>();
 }
 
 template <typename T>
 inline void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch(p, 0, 3);
 }
 
 // Asks for all of a unit's first tile at once, which no tile before it has done.
@@ -84,23 +87,18 @@ template <typename T>
 inline void prefetch_all(const Tile<T>& tile, int64_t D) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t s = 0; s < tile.count; ++s)
-    for (int64_t d = 0; d < D; d += kLine) prefetch(tile.keys[s] + d);
+    for (int64_t d = 0; d < D; d += kLine) prefetch(tile.keys()[s] + d);
   for (int64_t s = 0; s < tile.count; ++s)
-    for (int64_t d = 0; d < D; d += kLine) prefetch(tile.values[s] + d);
+    for (int64_t d = 0; d < D; d += kLine) prefetch(tile.values()[s] + d);
 }
 
-// Asks for a tile's rows line by line, first all keys, then all values if there are any, one line
-// per step: evenly spread over the arithmetic of a tile before, since a burst of prefetches stalls
-// like the loads it is meant to spare.
+// Asks for rows line by line, one line per step: evenly spread over the arithmetic of a tile
+// before, since a burst of prefetches stalls like the loads it is meant to spare.
 template <typename T>
 class Prefetcher {
  public:
-  Prefetcher(const T* const* keys, const T* const* values, int64_t count, int64_t D)
-      : rows_(keys),
-        values_(values),
-        left_(count),
-        count_(count),
-        bytes_(D * static_cast<int64_t>(sizeof(T))) {
+  Prefetcher(const T* const* rows, int64_t count, int64_t D)
+      : row_(rows), last_(rows + count), bytes_(D * static_cast<int64_t>(sizeof(T))) {
     next_row();
   }
   void step() {
@@ -112,18 +110,12 @@ class Prefetcher {
 
  private:
   void next_row() {
-    if (left_ == 0) {
-      if (values_ == nullptr || count_ == 0) return;
-      rows_ = values_;
-      values_ = nullptr;
-      left_ = count_;
-    }
-    --left_;
-    line_ = reinterpret_cast<const char*>(*rows_++);
+    if (row_ == last_) return;
+    line_ = reinterpret_cast<const char*>(*row_++);
     end_ = line_ + bytes_;
   }
-  const T *const *rows_, *const *values_;
-  int64_t left_, count_, bytes_;
+  const T *const *row_, *const *last_;
+  int64_t bytes_;
   const char *line_ = nullptr, *end_ = nullptr;
 };
 
