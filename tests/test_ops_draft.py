@@ -38,6 +38,13 @@ def test_infinities_and_nan(isa):
     equal(logits[1:2], 8, torch.tensor([0, 1, 2, 1999]))
 
 
+def test_a_nan_hides_no_other_token(isa):
+    logits = torch.randn(8, 5000)
+    for row in range(8):  # behind the largest, in the same lanes of later vectors
+        logits[row, 64 + row], logits[row, 128 + row :: 64] = 50.0, torch.nan
+    equal(logits, 5)
+
+
 def test_empty_and_strided():
     assert ops.top_tokens(torch.zeros(0, 50), 3)[0].shape == (0, 3)
     assert ops.top_tokens(torch.zeros(2, 0), 3)[0].tolist() == [[-1] * 3] * 2

@@ -63,7 +63,7 @@ void rerotate_keys(Tensor key_cache, Tensor begin, Tensor end, Tensor shift, Ten
 
   const RopeArgs rope{dtype_of(key_cache.scalar_type()), DType::f32, shape.D, 2 * half};
   const RopeKernels& kernels = BW_KERNELS(rope_kernels);
-  const int64_t bytes = rope.type == DType::f32 ? 4 : 2;
+  const int64_t bytes = bytes_of(rope.type);
   char* data = static_cast<char*>(key_cache.mutable_data_ptr());
   const int64_t* shifts = static_cast<const int64_t*>(shift.const_data_ptr());
   const float* frequencies = static_cast<const float*>(inv_freq.const_data_ptr());

@@ -150,7 +150,7 @@ float logit(const LogitsRow& row, int64_t token) { return read_element(row.type,
 
 int64_t argmax(const VocabKernels& kernels, const LogitsRow& row, BlockSums& sums) {
   sums.largest.resize(blocks_of(row.size));
-  kernels.maxima(row, sums.largest.data());
+  kernels.maxima(row, kVocabBlock, sums.largest.data());
   const int64_t block =
       std::max_element(sums.largest.begin(), sums.largest.end()) - sums.largest.begin();
   const int64_t begin = block * kVocabBlock;

@@ -18,8 +18,6 @@ namespace {
 constexpr int64_t kKeysPerUnit = 16 * kKeyTile;
 constexpr int64_t kRowsPerLse = 48;  // query rows of one pass over the keys
 
-int64_t bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }
-
 // Runs units, each over its keys; those of one head lie together.
 void run_units(const ScoreArgs& args, const std::vector<ScoreUnit>& units, int64_t most_rows,
                bool lse) {

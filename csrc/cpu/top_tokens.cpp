@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -27,10 +28,23 @@ bool before(const Candidate& a, const Candidate& b) {
 }
 
 struct Workspace {
-  std::vector<float> largest, sums, found_logits;
+  std::vector<float> largest, sums, found_logits, of_stretches;
   std::vector<int32_t> found_tokens, order;
   std::vector<Candidate> best;
 };
+
+// A value that at least `count` logits of a block reach: the count-th of the largest of its
+// stretches. Without it, the first block that is searched would all be candidates.
+float reached(const VocabKernels& kernels, const LogitsRow& block, int64_t count, Workspace& w) {
+  constexpr int64_t kStretch = 64;
+  const int64_t stretches = (block.size + kStretch - 1) / kStretch;
+  if (stretches < count) return std::numeric_limits<float>::lowest();
+  w.of_stretches.resize(stretches);
+  kernels.maxima(block, kStretch, w.of_stretches.data());
+  const auto nth = w.of_stretches.begin() + (count - 1);
+  std::nth_element(w.of_stretches.begin(), nth, w.of_stretches.end(), std::greater<>());
+  return std::max(*nth, std::numeric_limits<float>::lowest());
+}
 
 // The `count` likeliest tokens, in w.best, and the log of the row's sum of exponentials. Blocks are
 // searched from the one with the largest logit on, until none can hold a token that counts.
@@ -50,9 +64,13 @@ double search(const VocabKernels& kernels, const LogitsRow& row, int64_t count, 
   float least = std::numeric_limits<float>::lowest();  // -inf is no candidate
   for (const int32_t b : w.order) {
     if (w.largest[b] < least) break;
-    const int64_t begin = b * kVocabBlock;
-    const int64_t found = kernels.find(row, begin, std::min(kVocabBlock, row.size - begin), least,
-                                       w.found_tokens.data(), w.found_logits.data());
+    const int64_t begin = b * kVocabBlock, size = std::min(kVocabBlock, row.size - begin);
+    if (w.best.empty()) {
+      const auto* data = static_cast<const char*>(row.data) + begin * bytes_of(row.type);
+      least = reached(kernels, {data, row.type, size, row.scale}, count, w);
+    }
+    const int64_t found =
+        kernels.find(row, begin, size, least, w.found_tokens.data(), w.found_logits.data());
     for (int64_t i = 0; i < found; ++i) w.best.push_back({w.found_logits[i], w.found_tokens[i]});
     if (static_cast<int64_t>(w.best.size()) < count) continue;
     std::nth_element(w.best.begin(), w.best.begin() + (count - 1), w.best.end(), before);

@@ -36,9 +36,9 @@ inline void for_each_vector(int64_t count, F f) {
 
 // Calls f(block, begin, count) for the blocks of a row.
 template <typename F>
-inline void for_each_block(int64_t size, F f) {
-  for (int64_t b = 0, begin = 0; begin < size; ++b, begin += kVocabBlock)
-    f(b, begin, size - begin < kVocabBlock ? size - begin : kVocabBlock);
+inline void for_each_block(int64_t size, F f, int64_t length = kVocabBlock) {
+  for (int64_t b = 0, begin = 0; begin < size; ++b, begin += length)
+    f(b, begin, size - begin < length ? size - begin : length);
 }
 
 template <typename T>
@@ -47,17 +47,18 @@ inline float block_max(const T* x, int64_t count) {
   for (int c = 0; c < kChains; ++c) top[c] = splat(-kInf);
   for_each_vector(count, [&](int c, int64_t i, int64_t n) {
     const f32v v = n == kLanes ? load_wide(x + i) : only_first(load_wide(x + i, n), n, -kInf);
-    top[c] = max(top[c], v);
+    top[c] = max(v, top[c]);  // in this order a NaN is passed over
   });
   return largest_lane(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-void maxima(const LogitsRow& row, float* largest) {
+void maxima(const LogitsRow& row, int64_t length, float* largest) {
   by_type(row.type, [&](auto type) {
     const auto* x = static_cast<const decltype(type)*>(row.data);
-    for_each_block(row.size, [&](int64_t b, int64_t begin, int64_t count) {
-      largest[b] = block_max(x + begin, count);
-    });
+    for_each_block(
+        row.size,
+        [&](int64_t b, int64_t begin, int64_t count) { largest[b] = block_max(x + begin, count); },
+        length);
   });
 }
 

@@ -28,8 +28,8 @@ struct TokenWeights {
 };
 
 struct VocabKernels {
-  // Per block: the largest logit.
-  void (*maxima)(const LogitsRow&, float* largest);
+  // Per stretch of `length` tokens: the largest logit.
+  void (*maxima)(const LogitsRow&, int64_t length, float* largest);
   // Per block: the largest logit, and the sum of 2^((x - largest) * scale); NaN for a NaN or +inf.
   void (*softmax)(const LogitsRow&, float* largest, float* sum);
   // Per block: the sum of the weights, and of q.
