@@ -46,6 +46,7 @@ def decoders(attention: str) -> dict[str, tuple[Any, str]]:
             for d in (4, 8):
                 found[f"{cache}: {name}, FreeDave {d}"] = (FreeDave(rule, d, cache=cache), static)
             if name == "one per step":
+                found[f"{cache}: {name}, FreeDave 6"] = (FreeDave(rule, 6, cache=cache), static)
                 found[f"{cache}: {name}, FreeDave 16"] = (FreeDave(rule, 16, cache=cache, least_chance=0.0), static)
                 chain = {"drafts": "chain", "cache": cache}
                 found[f"{cache}: {name}, FreeDave 4, chain"] = (FreeDave(rule, 4, **chain), static)
@@ -67,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder; default: the one that comes with the sources")
     parser.add_argument("--attention", nargs="+", default=["block_causal", "full"])
+    parser.add_argument("--dtype", default="float32", help="float32, in which FreeDave is exact, or bfloat16")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--new", type=int, default=96)
@@ -76,6 +78,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for attention in args.attention:
         model, tokenizer = load_diffusion(args.model, attention)
+        model = model.to(getattr(torch, args.dtype))
         texts = prompts(tokenizer, args.prompts, args.length)
         table = decoders(attention)
         seconds: dict[str, list[float]] = {name: [] for name in table}
@@ -110,7 +113,7 @@ def main() -> None:
             )
             print("  ".join(f"{key}: {value}" for key, value in rows[-1].items()), flush=True)
     options = {key: value for key, value in vars(args).items() if key != "model"}
-    name = "-".join(["diffusion", *args.attention])
+    name = "-".join(["diffusion", *args.attention, *([args.dtype] if args.dtype != "float32" else [])])
     print(facts.record(name, facts.machine() | options, rows))
 
 

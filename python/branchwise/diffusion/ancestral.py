@@ -174,7 +174,7 @@ class Chain:
     def _window(self, text: Tensor) -> Window:
         # Beyond the first block with masks, too: the whole text as one state with nodes of its own.
         n = len(text)
-        window = Window.of(Kind.LOOK, text[None], 0, 0, self.spec.mask_id, 0, n, 0)
+        window = Window.of(Kind.LOOK, text[None].numpy(), 0, 0, self.spec.mask_id, 0, n, 0)
         window.block = self.spec.block_size
         window.sees = block_pattern(n, window.block or n)
         return window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,21 +63,23 @@ class Canvas:
         self.origin = 0 if blocks_from_start else self.prompt
         self.tokens = torch.full((self.size,), spec.mask_id)
         self.tokens[: self.prompt] = prompt
-        self.predicted = torch.zeros(self.size, dtype=torch.int64)
-        self.scores = torch.full((self.size,), -torch.inf)
+        # The same memory. Arrays as short as these cost their calls, and numpy's are the cheaper ones.
+        self._ids = self.tokens.numpy()
+        self._predicted = np.zeros(self.size, np.int64)
+        self._scores = np.full(self.size, -np.inf, np.float32)
         self.steps: list[int] = []  # tokens that each step fixes, by a rule that counts
         for begin in range(self.origin, self.size, block):
-            masks = int((self.tokens[begin : begin + block] == spec.mask_id).sum())
+            masks = int((self._ids[begin : begin + block] == spec.mask_id).sum())
             self.steps += layout.rule.counts(masks)
         self.taken = 0  # steps
         self.held = 0  # tokens whose keys are kept for good: of a block-causal text
         self.kept: list[int] = []  # positions whose keys the store holds, of "prefix" and "dual"
-        self.choices = torch.zeros(self.size, TOKENS, dtype=torch.int64)  # likeliest tokens of every mask
-        self.chances = torch.zeros(self.size, TOKENS)
+        self._choices = np.zeros((self.size, TOKENS), np.int64)  # likeliest tokens of every mask
+        self._chances = np.zeros((self.size, TOKENS), np.float32)
         self._guessed: tuple[Guesser, list[Guess]] | None = None  # in the last forward that verified guesses
         self._offset = self._accepted = 0  # its window's start, and the guess that it has proven
         self._stale = True  # "prefix", "dual": a block begins
-        self._drafts, self._num = torch.empty(0), torch.empty(0)
+        self._drafts = np.zeros((0, 0), np.int64)
         self.known = self.prompt  # tokens before the first mask
 
     @property
@@ -85,7 +88,7 @@ class Canvas:
 
     def _current(self) -> int:
         """Where the block of the first mask begins."""
-        first = int((self.tokens == self.layout.spec.mask_id).int().argmax())
+        first = int((self._ids == self.layout.spec.mask_id).argmax())
         offset = (first - self.origin) // self.layout.block
         return self.origin + offset * self.layout.block
 
@@ -97,9 +100,9 @@ class Canvas:
         """Behind the last token that this round of forwards is about: of the text, or of a block that begins anew."""
         return self.size if self.layout.cache in ("none", "block") else min(current + self.layout.block, self.size)
 
-    def _done(self, state: Tensor, stop: int) -> bool:
+    def _done(self, state: np.ndarray, stop: int) -> bool:
         """No mask before ``stop``, and the window reaches as far."""
-        return len(state) >= stop and not bool((state[:stop] == self.layout.spec.mask_id).any())
+        return len(state) >= stop and not (state[:stop] == self.layout.spec.mask_id).any()
 
     def _span(self, current: int) -> tuple[int, int]:
         """The stretch that forwards see anew."""
@@ -118,62 +121,51 @@ class Canvas:
         limit = self._limit(current)
         if layout.cache in ("prefix", "dual") and self._stale:
             self._start, end = 0, self.size
-            kind, states = Kind.REFRESH, self.tokens[None]
+            kind, states = Kind.REFRESH, self._ids[None]
         else:
             self._start, end = self._span(current)
             here = slice(self._start, end)
-            scores = self.scores[here].clone()
-            scores[max(limit - self._start, 0) :] = -torch.inf
+            scores = self._scores[here].copy()
+            scores[max(limit - self._start, 0) :] = -np.inf
             self._counts = self._next_counts(1 if layout.guesses else layout.draft_length)
-            drafts, num = ops.draft_blocks(
-                self.tokens[None, here].contiguous(),
-                self.predicted[None, here].contiguous(),
-                scores[None],
-                self._origin(),
-                self._counts,
-                spec.mask_id,
-                layout.block,
-                layout.rule.rule,
-                layout.rule.level,
-            )
-            if layout.guesses and int(num):
-                drafts, num = self._guess(drafts, scores)
+            states = self._draft(here, scores, self._counts)
+            if layout.guesses and len(states):
+                states = self._guess(states, scores)
             # Where everything is known, nothing is left to ask.
             stop = self._end(current) - self._start
-            while int(num) > 1 and self._done(drafts[0, int(num) - 1], stop):
-                num -= 1
-            kind = Kind.VERIFY if int(num) else Kind.LOOK
-            states = drafts[0, : int(num)] if int(num) else self.tokens[None, here]
-            self._drafts, self._num = drafts[:, : max(int(num), 1)], num
+            while len(states) > 1 and self._done(states[-1], stop):
+                states = states[:-1]
+            kind = Kind.VERIFY if len(states) else Kind.LOOK
+            self._drafts = states
+            states = states if len(states) else self._ids[None, here]
         held = 0 if kind is Kind.REFRESH else self.held or len(self.kept)
         # A step that unmasks one token needs the next block's predictions when the last is nearly done.
         ahead_below = 3 if layout.guesses else layout.block
         return Window.of(kind, states, self._start, spec.block_size, spec.mask_id, current, limit, held, ahead_below)
 
-    def _guess(self, first: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """States i64[1, k, W] behind the certain first one, and k; also learns from how the last guesses fared."""
+    def _guess(self, first: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """States i64[k, W] from the certain first one on; also learns from how the last guesses fared."""
         layout, mask_id, table = self.layout, self.layout.spec.mask_id, self.layout.table
         assert table is not None
-        W = first.shape[2]
+        W = first.shape[1]
         here = slice(self._start, self._start + W)
-        at = int((first[0, 0] != self.tokens[here]).int().argmax())
+        at = int((first[0] != self._ids[here]).argmax())
         if self._guessed is not None:
-            self._observe(at + self._start, int(first[0, 0, at]), table)
+            self._observe(at + self._start, int(first[0, at]), table)
         blocks = [(i + self._start - self.origin) // layout.block for i in range(W)]
-        masked = torch.nonzero(first[0, 0] == mask_id).flatten().tolist()
-        choices = self.choices[here].tolist()
-        guesser = Guesser(masked, blocks, scores.tolist(), choices, self.chances[here].tolist(), table)
+        masked = np.flatnonzero(first[0] == mask_id).tolist()
+        choices = self._choices[here].tolist()
+        guesser = Guesser(masked, blocks, scores.tolist(), choices, self._chances[here].tolist(), table)
         guesses = guesser.grow(layout.draft_length - 1, layout.least_chance)
-        states = first.repeat(1, 1 + len(guesses), 1)
+        states = first.repeat(1 + len(guesses), 0)
         for i, guess in enumerate(guesses, start=1):
-            for position, token in guess.added.items():
-                states[0, i, position] = token
+            states[i, list(guess.added)] = list(guess.added.values())
         stop = self._end(self._current()) - self._start
-        open_ = [0] + [i for i in range(1, len(guesses) + 1) if not self._done(states[0, i], stop)]
+        open_ = [0] + [i for i in range(1, len(guesses) + 1) if not self._done(states[i], stop)]
         self._guessed = (guesser, [Guess({}, []), *(guesses[i - 1] for i in open_[1:])])
         self._offset = self._start
         self._counts = torch.ones(1, len(open_) + 1, dtype=torch.int32)
-        return states[:, open_].contiguous(), torch.tensor([len(open_)], dtype=torch.int32)
+        return states[open_]
 
     def _observe(self, position: int, token: int, table: Chances) -> None:
         """The step after the last accepted guess, seen from the predictions that it was made of."""
@@ -190,81 +182,98 @@ class Canvas:
         Returns:
             The nodes whose keys the store is to keep.
         """
-        layout, W = self.layout, window.states.shape[1]
-        there = window.nodes >= 0
-        nodes = window.nodes.clamp(min=0)
-        tokens, scores = found.tokens[nodes], torch.where(there, found.scores[nodes], -torch.inf)
+        layout, nodes = self.layout, window.nodes.numpy()
+        W = nodes.shape[1]
         here = slice(window.start, window.start + W)
+        # Tokens without a node have the number -1: whatever lies there, with the score of nothing.
+        tokens, scores = found.tokens.numpy()[nodes], np.where(nodes >= 0, found.scores.numpy()[nodes], -np.inf)
         best, keep = 0, []
         if window.kind is Kind.VERIFY:
-            best = int(self._verify(tokens, scores))
-            self.tokens[here] = window.states[best]
-            self.taken += int((window.states[best] != window.states[0]).sum()) + 1 if layout.guesses else best + 1
+            best = self._verify(tokens, scores)
+            states = window.states.numpy()
+            self._ids[here] = states[best]
+            self.taken += int((states[best] != states[0]).sum()) + 1 if layout.guesses else best + 1
             self._accepted = best
-        self._learn(here, window.nodes, scores, found, best)
+        self._learn(window.start, nodes, scores, found, best)
         if window.kind is Kind.REFRESH:
             self._stale = False
             start, end = self._span(self._current())
             self.kept = keep = [*range(start), *range(end, self.size)]
         elif layout.cache == "block":
-            clean = (self.tokens[here] != layout.spec.mask_id).view(-1, layout.block).all(1)
-            done = int(clean.int().cumprod(0).sum()) * layout.block
-            keep = window.nodes[best, :done].tolist()
+            clean = (self._ids[here] != layout.spec.mask_id).reshape(-1, layout.block).all(1)
+            done = int(np.logical_and.accumulate(clean).sum()) * layout.block
+            keep = nodes[best, :done].tolist()
             self.held += len(keep)
         self._finish_block()
         return keep
 
-    def _learn(self, here: slice, nodes: Tensor, scores: Tensor, found: Predictions, best: int) -> None:
+    def _learn(self, start: int, nodes: np.ndarray, scores: np.ndarray, found: Predictions, best: int) -> None:
         """Predictions at the state that was reached; where it has no nodes, the latest guess of another state, which is
         good enough for drafts that lie behind the first step."""
-        for i in (*range(best + 1, len(nodes)), best):
-            new = torch.nonzero((nodes[i] >= 0) & ((scores[i] > -torch.inf) | (i == best))).flatten()
-            at, node = new + here.start, nodes[i, new]
-            self.predicted[at], self.scores[at] = found.tokens[node], scores[i, new]
-            if found.choices is not None and found.chances is not None:
-                self.choices[at], self.chances[at] = found.choices[node], found.chances[node]
+        known = scores > -np.inf
+        known[best] = nodes[best] >= 0
+        known[:best] = False
+        # The state that was reached first, then the others from the last on.
+        order = [best, *range(len(nodes) - 1, best, -1)]
+        at = np.flatnonzero(known.any(0))
+        state = np.array(order)[known[order][:, at].argmax(0)]
+        node, at = nodes[state, at], at + start
+        self._predicted[at], self._scores[at] = found.tokens.numpy()[node], scores[state, at - start]
+        if found.choices is not None and found.chances is not None:
+            self._choices[at], self._chances[at] = found.choices.numpy()[node], found.chances.numpy()[node]
 
     def _finish_block(self) -> None:
         """Takes the next step, which is proven, where nothing has to be seen after it."""
         layout, mask_id = self.layout, self.layout.spec.mask_id
-        masked = self.tokens == mask_id
-        if bool(masked.any()):
-            end = self._end(self._current())
-            after, num = ops.draft_blocks(
-                self.tokens[None],
-                self.predicted[None],
-                self.scores[None],
-                torch.tensor([self.origin], dtype=torch.int32),
-                self._next_counts(1),
-                mask_id,
-                layout.block,
-                layout.rule.rule,
-                layout.rule.level,
-            )
-            if int(num) and not bool((after[0, 0, :end] == mask_id).any()):
-                self.tokens = after[0, 0]
-                self.taken += 1
-                self._stale = True
-        masked = self.tokens == mask_id
-        self.known = int(masked.int().argmax()) if bool(masked.any()) else self.size
+        masked = np.flatnonzero(self._ids == mask_id)
+        if len(masked):
+            current = self._current()
+            end = self._end(current)
+            # A step stays in its block.
+            if not ((masked >= current + layout.block) & (masked < end)).any():
+                after = self._draft(slice(0, self.size), self._scores, self._next_counts(1))
+                if len(after) and not (after[0, :end] == mask_id).any():
+                    self._ids[:] = after[0]
+                    self.taken += 1
+                    self._stale = True
+                    masked = np.flatnonzero(self._ids == mask_id)
+        self.known = int(masked[0]) if len(masked) else self.size
 
-    def _verify(self, tokens: Tensor, scores: Tensor) -> Tensor:
+    def _draft(self, here: slice, scores: np.ndarray, counts: Tensor) -> np.ndarray:
+        """States i64[k, W] that the predictions of a stretch lead to, as many as there are counts for."""
         layout = self.layout
-        return ops.verify_blocks(
-            self._drafts.contiguous(),
-            self._num,
-            tokens[None].contiguous(),
-            scores[None].contiguous(),
-            self._origin(),
-            self._counts[:, : self._drafts.shape[1] + 1].contiguous(),
+        drafts, num = ops.draft_blocks(
+            self.tokens[None, here].contiguous(),
+            torch.from_numpy(self._predicted[None, here]),
+            torch.from_numpy(scores[None]),
+            self._origin(here.start),
+            counts,
             layout.spec.mask_id,
             layout.block,
             layout.rule.rule,
             layout.rule.level,
         )
+        return drafts[0, : int(num)].numpy()
 
-    def _origin(self) -> Tensor:
-        return torch.tensor([self.origin - self._start], dtype=torch.int32)
+    def _verify(self, tokens: np.ndarray, scores: np.ndarray) -> int:
+        """How many of the drafts after the first are proven."""
+        layout = self.layout
+        accepted = ops.verify_blocks(
+            torch.from_numpy(self._drafts[None]),
+            torch.tensor([len(self._drafts)], dtype=torch.int32),
+            torch.from_numpy(tokens[None]),
+            torch.from_numpy(scores[None]),
+            self._origin(self._start),
+            self._counts[:, : len(self._drafts) + 1].contiguous(),
+            layout.spec.mask_id,
+            layout.block,
+            layout.rule.rule,
+            layout.rule.level,
+        )
+        return int(accepted)
+
+    def _origin(self, start: int) -> Tensor:
+        return torch.tensor([self.origin - start], dtype=torch.int32)
 
     def _next_counts(self, drafts: int) -> Tensor:
         counts = self.steps[self.taken : self.taken + drafts + 1]

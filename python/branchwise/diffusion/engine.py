@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -134,22 +135,24 @@ class TreeEngine:
     def ask(self, rows: Sequence[int], windows: Sequence[Window], reader: Reader[Found]) -> list[Found]:
         self._hold([window.held for window in windows])
         T = max(len(window.tokens) for window in windows)
-        tokens = torch.full((len(windows), T), self.spec.mask_id)
-        positions = torch.zeros(len(windows), T, dtype=torch.int64)
-        sees = torch.eye(T, dtype=torch.bool).repeat(len(windows), 1, 1)
+        tokens = np.full((len(windows), T), self.spec.mask_id)
+        positions = np.zeros((len(windows), T), np.int64)
+        sees = np.eye(T, dtype=bool)[None].repeat(len(windows), 0)
         for b, window in enumerate(windows):
             n = len(window.tokens)
             tokens[b, :n], positions[b, :n], sees[b, :n, :n] = window.tokens, window.positions, window.sees
-        nodes = [torch.nonzero(window.wanted).flatten() - self.spec.shift for window in windows]
-        wanted = sorted(set(torch.cat(nodes).tolist())) or [0]
-        logits = self._target.forward(tokens, positions, pack_mask(sees), wanted=wanted)
-        place = torch.zeros(T, dtype=torch.int64)
-        place[wanted] = torch.arange(len(wanted))
-        return [reader.read(rows[b], window, logits[b, place[nodes[b]]]) for b, window in enumerate(windows)]
+        nodes = [np.flatnonzero(window.wanted) - self.spec.shift for window in windows]
+        wanted = np.unique(np.concatenate(nodes)).tolist() or [0]
+        mask = pack_mask(torch.from_numpy(sees))
+        logits = self._target.forward(torch.from_numpy(tokens), torch.from_numpy(positions), mask, wanted=wanted)
+        place = [torch.from_numpy(np.searchsorted(wanted, own)) for own in nodes]
+        return [reader.read(rows[b], window, logits[b, place[b]]) for b, window in enumerate(windows)]
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        if not any(nodes):
+            return  # the next forward writes over this one's
         count = torch.tensor([len(row) for row in nodes], dtype=torch.int32)
-        accepted = torch.zeros(len(nodes), max(int(count.max()), 1), dtype=torch.int32)
+        accepted = torch.zeros(len(nodes), int(count.max()), dtype=torch.int32)
         for b, row in enumerate(nodes):
             accepted[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
         self.store.commit(accepted, count)

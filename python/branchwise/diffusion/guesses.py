@@ -118,15 +118,17 @@ class Guesser:
                 return
             ranks = self._table.of_ranks(depth, lead)
             for rank, position in enumerate(left[:RANKS]):
+                place = cost - log(ranks[rank] / sum(ranks))
+                if place > most:
+                    continue
                 chance = self._chances[position][0]
                 tokens = self._table.of_tokens(depth, chance)
                 for token, choice in enumerate(self._choices[position]):
-                    share = ranks[rank] / sum(ranks) * tokens[token] / sum(tokens)
-                    steps = [*guess.steps, (depth, lead, rank, chance, token)]
-                    serial += 1
-                    if cost - log(share) <= most:
-                        added = {**guess.added, position: choice}
-                        heapq.heappush(queue, (cost - log(share), serial, Guess(added, steps)))
+                    whole = place - log(tokens[token] / sum(tokens))
+                    if whole <= most:
+                        serial += 1
+                        steps = [*guess.steps, (depth, lead, rank, chance, token)]
+                        heapq.heappush(queue, (whole, serial, Guess({**guess.added, position: choice}, steps)))
 
         push(Guess({}, []), 0.0)
         while queue and len(found) < count:

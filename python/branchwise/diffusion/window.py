@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from .model import block_pattern
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Window:
     def of(
         cls,
         kind: Kind,
-        states: Tensor,
+        states: np.ndarray,
         start: int,
         block: int,
         mask_id: int,
@@ -76,19 +75,31 @@ class Window:
         held: int,
         ahead_below: int = 0,
     ) -> Window:
-        """``current``, ``limit``: positions between which masks are wanted; all states are alike before ``current``,
-        where a block begins. ``ahead_below``: masks of its block up to which the last state looks at what follows."""
+        """``states``: i64[k, W]. ``current``, ``limit``: positions between which masks are wanted; all states are alike
+        before ``current``, where a block begins. ``ahead_below``: masks of its block up to which the last state looks
+        at what follows."""
         if block:
             nodes, sees = _tree_of_blocks(states, current - start, block, mask_id, ahead_below)
         else:
             nodes, sees = _side_by_side(states)
-        n, W = len(sees), states.shape[1]
         there = nodes >= 0
-        tokens, positions = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
+        tokens, positions = np.zeros(len(sees), np.int64), np.zeros(len(sees), np.int64)
         tokens[nodes[there]] = states[there]
-        positions[nodes[there]] = (torch.arange(W) + start).expand_as(nodes)[there]
+        positions[nodes[there]] = there.nonzero()[1] + start
         wanted = (tokens == mask_id) & (positions >= current) & (positions < limit)
-        return cls(kind, states, start, block, nodes, sees, wanted, tokens, positions, held)
+        tensor = torch.from_numpy
+        return cls(
+            kind,
+            tensor(states),
+            start,
+            block,
+            nodes=tensor(nodes),
+            sees=tensor(sees),
+            wanted=tensor(wanted),
+            tokens=tensor(tokens),
+            positions=tensor(positions),
+            held=held,
+        )
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -100,22 +111,22 @@ class Window:
         return state, at
 
 
-def _side_by_side(states: Tensor) -> tuple[Tensor, Tensor]:
+def _side_by_side(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     k, W = states.shape
-    sees = torch.zeros(k * W, k * W, dtype=torch.bool)
-    for i in range(k):
-        sees[i * W : (i + 1) * W, i * W : (i + 1) * W] = True
-    return torch.arange(k * W).view(k, W), sees
+    state = np.arange(k * W) // W
+    return np.arange(k * W).reshape(k, W), state[:, None] == state
 
 
-def _tree_of_blocks(states: Tensor, base: int, block: int, mask_id: int, ahead_below: int) -> tuple[Tensor, Tensor]:
+def _tree_of_blocks(
+    states: np.ndarray, base: int, block: int, mask_id: int, ahead_below: int
+) -> tuple[np.ndarray, np.ndarray]:
     """``base``: tokens that all states share, whole blocks."""
     k, W = states.shape
-    nodes = torch.full((k, W), -1)
-    nodes[:, :base] = torch.arange(base)
+    nodes = np.full((k, W), -1)
+    nodes[:, :base] = np.arange(base)
     known: dict[tuple[int, bytes], int] = {}
     paths: list[list[int]] = []  # of every group of nodes, the first nodes of those before it and its own
-    for i, state in enumerate(states.numpy()):
+    for i, state in enumerate(states):
         masked = (state == mask_id).nonzero()[0]
         last = int(masked[0]) // block if len(masked) else W // block - 1
         # The last state looks ahead, for guesses about blocks behind its own; of use when that is nearly done.
@@ -128,10 +139,11 @@ def _tree_of_blocks(states: Tensor, base: int, block: int, mask_id: int, ahead_b
                 known[key] = base + len(paths) * block
                 paths.append([*path, known[key]])
             path.append(known[key])
-            nodes[i, begin : begin + block] = torch.arange(block) + known[key]
+            nodes[i, begin : begin + block] = np.arange(known[key], known[key] + block)
     n = base + len(paths) * block
-    sees = torch.zeros(n, n, dtype=torch.bool)
-    sees[:base, :base] = block_pattern(base, block)
+    sees = np.zeros((n, n), bool)
+    before = np.arange(base) // block
+    sees[:base, :base] = before[:, None] >= before
     for path in paths:
         own = slice(path[-1], path[-1] + block)
         sees[own, :base] = True
