@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .. import ops
 from ..attention import LayerCall
 from ..cache import KVStore
+from ..pages import empty_slots
 from .base import check_range, full_layers
 from .selecting import SelectingSession
 
@@ -100,7 +101,7 @@ class QuestSession(SelectingSession):
         B, Hkv, _, D = call.keys.shape
         old = self._summaries.get(call.layer)
         if old is None or old.shape[2] < pages:
-            new = call.keys.new_zeros(B, Hkv, pages, 2 * D)
+            new = empty_slots(call.keys, (B, Hkv, pages, 2 * D)).zero_()
             if old is None:
                 self._summarised[call.layer] = torch.zeros_like(call.lens)
             else:

@@ -15,6 +15,7 @@ from .. import ops
 from ..attention import LayerCall
 from ..cache import KVStore
 from ..offload import MappedFiles, Offloaded
+from ..pages import empty_slots
 from ..tree import RowTree, TokenTree
 from .base import check_range, full_layers
 from .evicting import EvictingSession, Keep, window_mass
@@ -257,7 +258,7 @@ class SentenceKVSession(EvictingSession):
         seen = self._summarised.get(call.layer, torch.zeros_like(closed))
         size = offsets.shape[2] - 1
         if old is None or old.shape[2] < size:
-            means = call.query.new_zeros(*offsets.shape[:2], size, call.query.shape[3])
+            means = empty_slots(call.query, (*offsets.shape[:2], size, call.query.shape[3])).zero_()
             if old is not None:
                 means[:, :, : old.shape[2]] = old
             self._means[call.layer] = old = means
