@@ -116,9 +116,6 @@ inline void add_values(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, cons
                                    out + r * ld, ld);
 }
 
-// Tiles between the one in hand and the one asked for: memory is far away when rows are few.
-constexpr int kTilesAhead = 2;
-
 // Whether a query node sees a place; the scalar twin of mask_tile.
 inline bool sees(const AttentionArgs& a, const AttentionUnit& u, int64_t query, int64_t low,
                  int64_t place) {
@@ -154,16 +151,17 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   const float scale = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e;
 
   f32v top = splat(-kInf), sum = {};
-  Tile<T> tiles[kTilesAhead + 1];
+  const int64_t size = small_tile(2 * D * static_cast<int64_t>(sizeof(T)));
+  Tile<T> tiles[2];
   const WindowCut cut = cut_window(a, u, lowest, highest);
   int64_t slot = cut.first;
-  for (int i = 0; i < kTilesAhead; ++i) find_tile(a, u, slot + i * kKeyTile, tiles + i);
+  find_tile(a, u, slot, size, tiles);
   if (slot < u.slot_end) prefetch_all(tiles[0], a.D);
-  for (int at = 0; slot < u.slot_end; slot += kKeyTile, at = (at + 1) % (kTilesAhead + 1)) {
+  for (int at = 0; slot < u.slot_end; slot += size, at ^= 1) {
     const Tile<T>* tile = tiles + at;
-    Tile<T>* later = tiles + (at + kTilesAhead) % (kTilesAhead + 1);
-    find_tile(a, u, slot + kTilesAhead * kKeyTile, later);
-    Prefetcher<T> ahead(later->rows, 2 * kKeyTile, D);
+    Tile<T>* next = tiles + (at ^ 1);
+    find_tile(a, u, slot + size, size, next);
+    Prefetcher<T> ahead(next->rows, 2 * size, D);
     const int64_t count = tile->count, groups = (count + S - 1) / S;
     for (int64_t g = 0; g < groups; ++g) {
       f32v x = score_slots<M, R>(tile->keys() + g * S, ahead, query, D) * scale;

@@ -91,22 +91,24 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
   });
   Places all{};
   all.prefix = all.sink = INT32_MAX;
+  const int64_t size =
+      rows <= kFewRows ? small_tile(D * static_cast<int64_t>(sizeof(T))) : kKeyTile;
   const auto find = [&](int64_t begin, KeyTile<T>* tile) {
     const int64_t left = u.end - begin;
     tile->begin = begin;
-    tile->count = left < kKeyTile ? (left > 0 ? left : 0) : kKeyTile;
+    tile->count = left < size ? (left > 0 ? left : 0) : size;
     for_each_run(all, a.layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t n) {
       find_run(a.layout, a.keys, u.batch, u.kv_head, slot, n, tile->keys + s);
     });
-    for (int64_t s = tile->count; s < kKeyTile; ++s) tile->keys[s] = zeros<T>();
+    for (int64_t s = tile->count; s < size; ++s) tile->keys[s] = zeros<T>();
   };
-  KeyTile<T> tiles[kTilesAhead + 1];
-  for (int i = 0; i < kTilesAhead; ++i) find(u.begin + i * kKeyTile, tiles + i);
-  for (int at = 0; tiles[at].count > 0; at = (at + 1) % (kTilesAhead + 1)) {
+  KeyTile<T> tiles[2];
+  find(u.begin, tiles);
+  for (int at = 0; tiles[at].count > 0; at ^= 1) {
     const KeyTile<T>* tile = tiles + at;
-    KeyTile<T>* later = tiles + (at + kTilesAhead) % (kTilesAhead + 1);
-    find(tile->begin + kTilesAhead * kKeyTile, later);
-    Prefetcher<T> ahead(later->keys, later->count, D);
+    KeyTile<T>* next = tiles + (at ^ 1);
+    find(tile->begin + size, next);
+    Prefetcher<T> ahead(next->keys, next->count, D);
     TileScores found{scores, 0, 0, 0};
     if (rows <= kFewRows) {
       few_scores<T, M>(*tile, ahead, query, rows, D, &found);

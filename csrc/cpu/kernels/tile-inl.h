@@ -7,12 +7,23 @@
 template <typename T>
 struct Tile {
   int64_t begin, count;         // places [begin, begin + count)
-  const T* rows[2 * kKeyTile];  // keys, then values
+  int64_t size;                 // most that it can hold
+  const T* rows[2 * kKeyTile];  // `size` keys, then as many values
   const T** keys() { return rows; }
-  const T** values() { return rows + kKeyTile; }
+  const T** values() { return rows + size; }
   const T* const* keys() const { return rows; }
-  const T* const* values() const { return rows + kKeyTile; }
+  const T* const* values() const { return rows + size; }
 };
+
+// Slots of a tile of which each takes so many bytes and is read once: a tile and the one that is
+// asked for meanwhile fit into the first cache level with room to spare. From the second level,
+// loads would wait in one queue with the lines that come from memory.
+inline int64_t small_tile(int64_t bytes) {
+  constexpr int64_t kLeast = 16, kBytes = 8 * 1024;
+  int64_t size = kKeyTile;
+  while (size > kLeast && size * bytes > kBytes) size /= 2;
+  return size;
+}
 
 alignas(64) constexpr float kZeros[kMaxHeadDim] = {};
 
@@ -55,11 +66,12 @@ inline int64_t last_node(const AttentionArgs& a, const AttentionUnit& u) {
   return node_of(a, u.row_end - 1);
 }
 
-// The tile at `begin`, which ends where the unit ends. Behind the unit's last tile come those of
-// the following unit: not this unit's to compute, but likely this thread's next to read.
+// The tile of `size` slots at `begin`, which ends where the unit ends. Behind the unit's last tile
+// come those of the following unit: not this unit's to compute, but likely this thread's next to
+// read.
 template <typename T>
 inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
-                      Tile<T>* tile) {
+                      int64_t size, Tile<T>* tile) {
   const AttentionUnit* u = &unit;
   if (begin >= u->slot_end && u->following != nullptr) {
     begin += u->following->slot_begin - u->slot_end;
@@ -67,14 +79,15 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
   }
   const int64_t left = begin < u->slot_end ? u->slot_end - begin : 0;
   tile->begin = begin;
-  tile->count = left < kKeyTile ? left : kKeyTile;
+  tile->count = left < size ? left : size;
+  tile->size = size;
   for_each_run(
       *u->places, a.key_layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t count) {
         find_run(a.key_layout, a.key_cache, u->batch, u->kv_head, slot, count, tile->keys() + s);
         find_run(a.value_layout, a.value_cache, u->batch, u->kv_head, slot, count,
                  tile->values() + s);
       });
-  for (int64_t s = tile->count; s < kKeyTile; ++s) tile->keys()[s] = tile->values()[s] = zeros<T>();
+  for (int64_t s = tile->count; s < size; ++s) tile->keys()[s] = tile->values()[s] = zeros<T>();
 }
 
 template <typename T>
