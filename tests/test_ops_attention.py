@@ -92,19 +92,20 @@ def test_paged_equals_contiguous():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-@pytest.mark.parametrize("T", [1, 30])
-def test_strided_and_unaligned_caches(T, dtype, isa):
-    """[B, S, Hkv, D] storage seen as [B, Hkv, S, D], beginning one element off any alignment."""
-    inputs = attention_cases.make(Case(B=2, T=T, Hq=6, Hkv=3, D=80), dtype)
+@pytest.mark.parametrize("T, D", [(1, 80), (8, 64), (8, 128), (30, 80)])
+def test_strided_and_unaligned_caches(T, D, dtype, isa):
+    """[B, S, Hkv, D] storage seen as [B, Hkv, S, D], beginning one element off any alignment; and slots one element
+    further apart than they are long."""
+    inputs = attention_cases.make(Case(B=2, T=T, Hq=6, Hkv=3, D=D), dtype)
     query, key, value, seq_lens, mask = inputs.args
-    moved = []
-    for cache in (key, value):
-        B, H, S, D = cache.shape
-        view = torch.empty(cache.numel() + 1, dtype=dtype)[1:].view(B, S, H, D).transpose(1, 2)
-        moved.append(view.copy_(cache))
+    B, H, S, _ = key.shape
     expected = ops.tree_attention(*inputs.args)
-    out = ops.tree_attention(query, *moved, seq_lens, mask)
-    assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
+    for view in (
+        lambda: torch.empty(key.numel() + 1, dtype=dtype)[1:].view(B, S, H, D).transpose(1, 2),
+        lambda: torch.empty(B, H, S, D + 1, dtype=dtype)[..., :D],
+    ):
+        out = ops.tree_attention(query, *(view().copy_(cache) for cache in (key, value)), seq_lens, mask)
+        assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
 
 
 @pytest.mark.parametrize("T, window", [(70, 0), (20, 33), (70, 33)])

@@ -85,10 +85,13 @@ template <typename M, int NV, int NB, int Steps, typename P>
     for (int v = 0; v < NV; ++v) store(scores + (b * NV + v) * kLanes, acc[b][v]);
 }
 
+// In bytes: lines may lie half an element apart.
 template <typename E>
 inline bool one_after_another(const E* const* lines, int count, int64_t length) {
+  const int64_t first = reinterpret_cast<int64_t>(lines[0]);
   int64_t off = 0;
-  for (int i = 1; i < count; ++i) off |= lines[i] - lines[0] - i * length;
+  for (int i = 1; i < count; ++i)
+    off |= reinterpret_cast<int64_t>(lines[i]) - first - i * length * int64_t{sizeof(E)};
   return off == 0;
 }
 
