@@ -16,8 +16,8 @@ struct Tile {
 };
 
 // Slots of a tile of which each takes so many bytes and is read once: a tile and the one that is
-// asked for meanwhile fit into the first cache level with room to spare. From the second level,
-// loads would wait in one queue with the lines that come from memory.
+// asked for meanwhile fit into the first cache level with room to spare. Measured; presumably loads
+// from the second level wait in one queue with the lines that come from memory.
 inline int64_t small_tile(int64_t bytes) {
   constexpr int64_t kLeast = 16, kBytes = 8 * 1024;
   int64_t size = kKeyTile;

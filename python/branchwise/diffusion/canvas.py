@@ -79,7 +79,6 @@ class Canvas:
         self._guessed: tuple[Guesser, list[Guess]] | None = None  # in the last forward that verified guesses
         self._offset = self._accepted = 0  # its window's start, and the guess that it has proven
         self._stale = True  # "prefix", "dual": a block begins
-        self._drafts = np.zeros((0, 0), np.int64)
         self.known = self.prompt  # tokens before the first mask
 
     @property
@@ -136,7 +135,6 @@ class Canvas:
             while len(states) > 1 and self._done(states[-1], stop):
                 states = states[:-1]
             kind = Kind.VERIFY if len(states) else Kind.LOOK
-            self._drafts = states
             states = states if len(states) else self._ids[None, here]
         held = 0 if kind is Kind.REFRESH else self.held or len(self.kept)
         # A step that unmasks one token needs the next block's predictions when the last is nearly done.
@@ -189,7 +187,7 @@ class Canvas:
         tokens, scores = found.tokens.numpy()[nodes], np.where(nodes >= 0, found.scores.numpy()[nodes], -np.inf)
         best, keep = 0, []
         if window.kind is Kind.VERIFY:
-            best = self._verify(tokens, scores)
+            best = self._verify(window.states, tokens, scores)
             states = window.states.numpy()
             self._ids[here] = states[best]
             self.taken += int((states[best] != states[0]).sum()) + 1 if layout.guesses else best + 1
@@ -255,16 +253,16 @@ class Canvas:
         )
         return drafts[0, : int(num)].numpy()
 
-    def _verify(self, tokens: np.ndarray, scores: np.ndarray) -> int:
-        """How many of the drafts after the first are proven."""
+    def _verify(self, drafts: Tensor, tokens: np.ndarray, scores: np.ndarray) -> int:
+        """The last of the drafts i64[k, W] that the predictions at them prove."""
         layout = self.layout
         accepted = ops.verify_blocks(
-            torch.from_numpy(self._drafts[None]),
-            torch.tensor([len(self._drafts)], dtype=torch.int32),
+            drafts[None],
+            torch.tensor([len(drafts)], dtype=torch.int32),
             torch.from_numpy(tokens[None]),
             torch.from_numpy(scores[None]),
             self._origin(self._start),
-            self._counts[:, : len(self._drafts) + 1].contiguous(),
+            self._counts[:, : len(drafts) + 1].contiguous(),
             layout.spec.mask_id,
             layout.block,
             layout.rule.rule,

@@ -218,13 +218,14 @@ class _Run:
 
     def _say(self, b: int) -> bool:
         """Tells streamer and criteria what has become known from the left; whether the row has ended."""
-        row = self.rows[b]
-        while self.said[b] < min(row.known, row.length):
+        row, padded = self.rows[b], len(self.padding[b])
+        until = min(row.known, row.length)
+        text = torch.cat([self.padding[b], row.tokens[:until]])[None]
+        while self.said[b] < until:
             self.said[b] += 1
             if self.streamer is not None:
                 self.streamer.put(row.tokens[self.said[b] - 1 : self.said[b]])
-            text = torch.cat([self.padding[b], row.tokens[: self.said[b]]])[None]
-            if self.ended(text):
+            if self.ended(text, padded + self.said[b]):
                 self.ends[b] = self.said[b]
                 return True
         return row.finished
