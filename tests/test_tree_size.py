@@ -50,6 +50,17 @@ def test_stalls_do_not_matter():
     assert fresh.seconds(np.array([4]))[0] <= 0.05
 
 
+def test_sizes_are_known_for_a_while():
+    cost = CostModel()
+    cost.observe(24, 1.0), cost.observe(20, 1.0)
+    assert not cost.knows(24), "one of two may have been a stall"
+    cost.observe(30, 1.0)
+    assert cost.knows(24) and cost.knows(17) and not cost.knows(33) and not cost.knows(16)
+    for _ in range(400):
+        cost.observe(8, 1.0)
+    assert not cost.knows(24) and cost.knows(8)
+
+
 def test_before_any_measurement():
     sizes = CostModel().seconds(np.array([1, 2, 26]))
     assert sizes[0] == 1 and sizes[1] > 1 and sizes[2] == 2

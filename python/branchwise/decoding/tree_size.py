@@ -17,6 +17,7 @@ from ..tree import RowTree
 _SCORE_BUCKETS = 16
 _FORGET = 0.98  # per round: acceptance drifts with the text
 _SAMPLES = 9  # kept per size class, for a median that survives stalls of the machine
+_ENOUGH = 3  # of them, for a size to count as known
 _STALE = 400  # forwards after which a sample no longer counts
 _PRIOR_TRIES = 4.0
 _FREE = 0.01  # of a forward: a drafter that costs less is always asked, since texts change
@@ -51,6 +52,11 @@ class CostModel:
         self._curve = None
         samples = self._classes.setdefault((tokens - 1).bit_length(), deque(maxlen=_SAMPLES))
         samples.append((self._clock, tokens, seconds))
+
+    def knows(self, tokens: int) -> bool:
+        """Whether forwards of about this size were measured of late, often enough for a stall not to count."""
+        samples = self._classes.get((tokens - 1).bit_length(), ())
+        return sum(self._clock - tick < _STALE for tick, _, _ in samples) >= _ENOUGH
 
     def seconds(self, tokens: np.ndarray) -> np.ndarray:
         """Estimated seconds; in units of the smallest forward if nothing was measured yet."""

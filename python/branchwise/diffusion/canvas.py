@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
-from .guesses import TOKENS, Chances, Guess, Guesser
-from .rules import StepRule
-from .spec import DiffusionSpec
+from .chances import CHOICES, Chances
+from .guesses import Guess, Guesser
+from .layout import Layout
 from .window import Kind, Predictions, Window
-
-CACHES = ("block", "none", "prefix", "dual")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a run cuts its texts.
-
-    Attributes:
-        cache: "block": keys of finished blocks are kept (block-causal models); "none": every forward sees the whole
-            text; "prefix" and "dual": keys of what lies before the block, or before and behind it, are kept from a
-            forward of the whole text at the block's start (full attention; approximations, Fast-dLLM).
-        block: tokens that are unmasked together.
-        ahead: blocks behind the current one that drafts may reach.
-        draft_length: most states that a forward verifies.
-        table: what is known of guesses, for states that form a tree; None: one chain of states.
-        least_chance: of a state of a tree that is worth its place.
-    """
-
-    spec: DiffusionSpec
-    rule: StepRule
-    cache: str
-    block: int
-    ahead: int
-    draft_length: int
-    table: Chances | None = None
-    least_chance: float = 0.0
-
-    @property
-    def guesses(self) -> bool:
-        """Whether states form a tree: where every step unmasks one token."""
-        return self.table is not None and self.rule.rule == "count" and set(self.rule.counts(self.block)) <= {1}
 
 
 class Canvas:
@@ -74,8 +40,8 @@ class Canvas:
         self.taken = 0  # steps
         self.held = 0  # tokens whose keys are kept for good: of a block-causal text
         self.kept: list[int] = []  # positions whose keys the store holds, of "prefix" and "dual"
-        self._choices = np.zeros((self.size, TOKENS), np.int64)  # likeliest tokens of every mask
-        self._chances = np.zeros((self.size, TOKENS), np.float32)
+        self._choices = np.zeros((self.size, CHOICES), np.int64)  # likeliest tokens of every mask
+        self._chances = np.zeros((self.size, CHOICES), np.float32)
         self._guessed: tuple[Guesser, list[Guess]] | None = None  # in the last forward that verified guesses
         self._offset = self._accepted = 0  # its window's start, and the guess that it has proven
         self._stale = True  # "prefix", "dual": a block begins
@@ -129,7 +95,9 @@ class Canvas:
             self._counts = self._next_counts(1 if layout.guesses else layout.draft_length)
             states = self._draft(here, scores, self._counts)
             if layout.guesses and len(states):
-                states = self._guess(states, scores)
+                states = self._guess(states, scores, current)
+            elif layout.chain is not None and len(states) > 1:
+                states = states[: self._paying(layout.chain.reached(len(states) - 1), current, states.shape[1])]
             # Where everything is known, nothing is left to ask.
             stop = self._end(current) - self._start
             while len(states) > 1 and self._done(states[-1], stop):
@@ -141,26 +109,42 @@ class Canvas:
         ahead_below = 3 if layout.guesses else layout.block
         return Window.of(kind, states, self._start, spec.block_size, spec.mask_id, current, limit, held, ahead_below)
 
-    def _guess(self, first: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    def _paying(self, chances: list[float], current: int, width: int) -> int:
+        """How many states are worth their tokens, given the chances of those behind the first."""
+        layout = self.layout
+        if layout.pace is None:
+            return len(chances) + 1
+        blocks = layout.spec.block_size > 0  # otherwise states share nothing
+        return layout.pace.states(chances, current - self._start if blocks else 0, layout.block if blocks else width)
+
+    def _guess(self, first: np.ndarray, scores: np.ndarray, current: int) -> np.ndarray:
         """States i64[k, W] from the certain first one on; also learns from how the last guesses fared."""
-        layout, mask_id, table = self.layout, self.layout.spec.mask_id, self.layout.table
-        assert table is not None
+        layout, mask_id = self.layout, self.layout.spec.mask_id
+        table, neighbours = layout.table, layout.neighbours
+        assert table is not None and neighbours is not None
         W = first.shape[1]
         here = slice(self._start, self._start + W)
         at = int((first[0] != self._ids[here]).argmax())
+        token = int(first[0, at])
         if self._guessed is not None:
-            self._observe(at + self._start, int(first[0, at]), table)
+            self._observe(at + self._start, token, table)
         blocks = [(i + self._start - self.origin) // layout.block for i in range(W)]
         masked = np.flatnonzero(first[0] == mask_id).tolist()
         choices = self._choices[here].tolist()
-        guesser = Guesser(masked, blocks, scores.tolist(), choices, self._chances[here].tolist(), table)
-        guesses = guesser.grow(layout.draft_length - 1, layout.least_chance)
+        chances, probable = self._chances[here].tolist(), layout.rule.score == "probability"
+        guesser = Guesser(masked, blocks, scores.tolist(), choices, chances, table, neighbours, probable)
+        certain = guesser.first(at, token)
+        most = layout.draft_length if layout.pace is None else min(layout.draft_length, layout.pace.room)
+        guesses = guesser.grow(certain, most - 1, layout.least_chance)
+        paying = self._paying([guess.chance for guess in guesses], current, W)
+        # Before those that they lead to, whichever way.
+        guesses = sorted(guesses[: paying - 1], key=lambda guess: len(guess.added))
         states = first.repeat(1 + len(guesses), 0)
         for i, guess in enumerate(guesses, start=1):
             states[i, list(guess.added)] = list(guess.added.values())
-        stop = self._end(self._current()) - self._start
+        stop = self._end(current) - self._start
         open_ = [0] + [i for i in range(1, len(guesses) + 1) if not self._done(states[i], stop)]
-        self._guessed = (guesser, [Guess({}, []), *(guesses[i - 1] for i in open_[1:])])
+        self._guessed = (guesser, [certain, *(guesses[i - 1] for i in open_[1:])])
         self._offset = self._start
         self._counts = torch.ones(1, len(open_) + 1, dtype=torch.int32)
         return states[open_]
@@ -184,15 +168,22 @@ class Canvas:
         W = nodes.shape[1]
         here = slice(window.start, window.start + W)
         # Tokens without a node have the number -1: whatever lies there, with the score of nothing.
-        tokens, scores = found.tokens.numpy()[nodes], np.where(nodes >= 0, found.scores.numpy()[nodes], -np.inf)
+        tokens, scores = found.tokens[nodes], np.where(nodes >= 0, found.scores[nodes], -np.inf)
         best, keep = 0, []
         if window.kind is Kind.VERIFY:
             best = self._verify(window.states, tokens, scores)
             states = window.states.numpy()
             self._ids[here] = states[best]
-            self.taken += int((states[best] != states[0]).sum()) + 1 if layout.guesses else best + 1
+            if layout.guesses:
+                self.taken += int((states[best] != states[0]).sum()) + 1
+            else:
+                self.taken += best + 1
+                if layout.chain is not None:
+                    layout.chain.observe(len(states) - 1, best)
             self._accepted = best
         self._learn(window.start, nodes, scores, found, best)
+        if layout.guesses:
+            self._learn_neighbours(window, nodes, scores, found, best)
         if window.kind is Kind.REFRESH:
             self._stale = False
             start, end = self._span(self._current())
@@ -216,9 +207,24 @@ class Canvas:
         at = np.flatnonzero(known.any(0))
         state = np.array(order)[known[order][:, at].argmax(0)]
         node, at = nodes[state, at], at + start
-        self._predicted[at], self._scores[at] = found.tokens.numpy()[node], scores[state, at - start]
+        self._predicted[at], self._scores[at] = found.tokens[node], scores[state, at - start]
         if found.choices is not None and found.chances is not None:
-            self._choices[at], self._chances[at] = found.choices.numpy()[node], found.chances.numpy()[node]
+            self._choices[at], self._chances[at] = found.choices[node], found.chances[node]
+
+    def _learn_neighbours(
+        self, window: Window, nodes: np.ndarray, scores: np.ndarray, found: Predictions, best: int
+    ) -> None:
+        """What was said beside known tokens, in all states; in the one that was reached, last."""
+        neighbours, mask_id = self.layout.neighbours, self.layout.spec.mask_id
+        assert neighbours is not None and found.choices is not None and found.chances is not None
+        order = [*(i for i in range(len(nodes)) if i != best), best]
+        states, nodes, asked = window.states.numpy()[order], nodes[order], scores[order] > -np.inf
+        choices, chances = found.choices.tolist(), found.chances.tolist()
+        known = states != mask_id
+        for side, beside, said in ((0, slice(0, -1), slice(1, None)), (1, slice(1, None), slice(0, -1))):
+            at = known[:, beside] & asked[:, said]
+            for token, node in zip(states[:, beside][at].tolist(), nodes[:, said][at].tolist(), strict=True):
+                neighbours.observe(side, token, choices[node], chances[node])
 
     def _finish_block(self) -> None:
         """Takes the next step, which is proven, where nothing has to be seen after it."""

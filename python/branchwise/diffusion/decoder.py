@@ -16,11 +16,14 @@ from ..attention import use_attention
 from ..decoding.call import Call, Decoder
 from ..decoding.request import Ending, pad_and_stack
 from ..decoding.stats import DecodeStats
+from ..decoding.tree_size import CostModel, cost_model
 from ..noise import Noise, Seed, row_seeds
 from ..target import ignores_text
-from .canvas import CACHES, Canvas, Layout
+from .canvas import Canvas
+from .chances import CHOICES, ChainChances, Chances, Neighbours
 from .engine import CopyEngine, Engine, PlainEngine, Processor, Sampler, TreeEngine
-from .guesses import TOKENS, Chances
+from .layout import CACHES, Layout
+from .pace import LEAST_CHANCE, Pace
 from .rules import Static, StepRule
 from .spec import DiffusionSpec, runs_on_kernels, spec_of
 from .window import Kind
@@ -44,7 +47,7 @@ class BlockDecoder(Decoder):
         block_length: tokens that are unmasked together; None: the model's block size, or 32 for a full model. Must be
             the block size for a block-causal model.
         cache: "block" (block-causal models), "none", "prefix" or "dual" (full ones), see
-            :class:`branchwise.diffusion.canvas.Layout`; None: "block" or "none". "prefix" and "dual" change the text,
+            :class:`branchwise.diffusion.layout.Layout`; None: "block" or "none". "prefix" and "dual" change the text,
             the others don't.
         spec: what the model is; None: :func:`branchwise.diffusion.spec_of`.
         form: "tree", states as branches of one mask; or "copy", states as rows of a batch with keys of their own,
@@ -60,7 +63,9 @@ class BlockDecoder(Decoder):
 
     draft_length = 1
     table: Chances | None = None
-    least_chance = 0.0
+    neighbours: Neighbours | None = None
+    chain: ChainChances | None = None
+    least_chance: float | None = 0.0
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class BlockDecoder(Decoder):
         noise = Noise(
             row_seeds(self.seed, len(prompts)) if temperature else [0] * len(prompts), [p.numpy() for p in prompts]
         )
-        choices = TOKENS if layout.guesses else 0
+        choices = CHOICES if layout.guesses else 0
         sampler = Sampler(layout.spec, layout.rule.score, temperature, noise.position_keys, processors, choices)
         rows = [Canvas(layout, prompt, len(prompt) + new_tokens) for prompt in prompts]
         with use_attention(model) if runs_on_kernels(model) else nullcontext():
@@ -128,7 +133,21 @@ class BlockDecoder(Decoder):
         ahead = self._ahead(block)
         if cache in ("prefix", "dual"):
             ahead = 0  # the next block begins with a forward of the whole text
-        return Layout(spec, self.rule, cache, block, ahead, self.draft_length, self.table, self.least_chance)
+        pays = self.least_chance is None
+        return Layout(
+            spec,
+            self.rule,
+            cache,
+            block,
+            ahead,
+            self.draft_length,
+            self.table,
+            self.neighbours,
+            LEAST_CHANCE if self.least_chance is None else self.least_chance,
+            # Copies cost more than states of a tree, and are for comparison.
+            Pace(cost_model(model) if self.form == "tree" else CostModel()) if pays else None,
+            self.chain if pays else None,
+        )
 
     def _ahead(self, block: int) -> int:
         return 0
@@ -185,7 +204,10 @@ class _Run:
 
     def decode(self) -> None:
         active = list(range(len(self.rows)))
+        pace = self.rows[0].layout.pace
         while active:
+            if pace is not None:
+                pace.rows = len(active)
             begun = time.perf_counter()
             windows = [self.rows[b].window() for b in active]
             drafted = time.perf_counter()
@@ -208,9 +230,12 @@ class _Run:
             if left and len(left) < len(active):
                 self.engine.select_rows([active.index(b) for b in left])
             active = left
+            ended = time.perf_counter()
+            if pace is not None:
+                pace.observe(sum(len(window.tokens) for window in windows), ended - begun)
             self.stats.seconds_draft += drafted - begun
             self.stats.seconds_forward += done - drafted
-            self.stats.seconds_verify += time.perf_counter() - done
+            self.stats.seconds_verify += ended - done
         self.stats.forwards = self.engine.forwards
         self.stats.emitted = sum(end - row.prompt for end, row in zip(self.ends, self.rows, strict=True))
         if self.streamer is not None:

@@ -60,13 +60,13 @@ class Sampler:
 
     def read(self, row: int, window: Window, logits: Tensor) -> Predictions:
         n = len(window.tokens)
-        tokens, scores = window.tokens.clone(), torch.full((n,), -torch.inf)
-        made = Predictions(tokens, scores)
+        made = Predictions(window.tokens.numpy().copy(), np.full(n, -np.inf, np.float32))
         if self.choices:
-            made.choices, made.chances = torch.zeros(n, self.choices, dtype=torch.int64), torch.zeros(n, self.choices)
+            made.choices, made.chances = np.zeros((n, self.choices), np.int64), np.zeros((n, self.choices), np.float32)
         if len(logits) == 0:
             return made
-        positions = window.positions[window.wanted]
+        at = np.flatnonzero(window.wanted.numpy())
+        positions = window.positions[torch.from_numpy(at)]
         keys = self._keys(row, positions) if self.temperature else None
         found, sure = ops.confidence(logits.contiguous(), self._exclude, self.temperature, keys, self.score)
         if self._processors:
@@ -77,15 +77,15 @@ class Sampler:
             found, _ = ops.confidence(processed.contiguous(), self._exclude, self.temperature, keys)
             if self.score == "probability":
                 sure = raw.softmax(-1).gather(1, found.clamp(min=0)[:, None])[:, 0]
-        if bool((found < 0).any()):
+        if int(found.min()) < 0:
             place = int(positions[found < 0][0])
             raise RuntimeError(f"the model's logits at position {place} of row {row} are NaN, infinite or all -inf")
-        tokens[window.wanted], scores[window.wanted] = found, sure
+        made.tokens[at], made.scores[at] = found.numpy(), sure.numpy()
         if made.choices is not None and made.chances is not None:
             likeliest, log_probs = ops.top_tokens(logits, self.choices, self._exclude)
             if self.temperature:  # only the token that was drawn can be guessed
                 likeliest[:, 0] = found.int()
-            made.choices[window.wanted], made.chances[window.wanted] = likeliest.long().clamp(0), log_probs.exp()
+            made.choices[at], made.chances[at] = likeliest.numpy().clip(0), np.exp(log_probs.numpy())
         return made
 
 

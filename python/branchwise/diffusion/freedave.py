@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .chances import ChainChances, Chances, Neighbours
 from .decoder import BlockDecoder
-from .guesses import Chances
 
 
 class FreeDave(BlockDecoder):
@@ -25,7 +25,9 @@ class FreeDave(BlockDecoder):
         drafts: "tree": where every step unmasks one token, states are a tree of guesses about which position comes
             next and with which of its likeliest tokens, by what turned out so far (an addition of ours); other rules
             have a chain. "chain": as published, the states that follow if predictions stay as they are.
-        least_chance: a tree has no state that is less likely to be reached than this.
+        least_chance: a tree has no state that is less likely to be reached than this. None: both kinds of drafts have
+            as many states as give the most steps per second, by how often states were reached and how long forwards of
+            every size took; so their number is that of the machine, and differs between runs.
         eager: drafts may reach blocks behind the current one, as far as ``draft_length`` steps go; not with the caches
             "prefix" and "dual".
         others: as for :class:`BlockDecoder`.
@@ -40,7 +42,7 @@ class FreeDave(BlockDecoder):
         draft_length: int = 8,
         eager: bool = True,
         drafts: str = "tree",
-        least_chance: float = 0.05,
+        least_chance: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(rule, **options)
@@ -49,10 +51,11 @@ class FreeDave(BlockDecoder):
         if drafts not in ("tree", "chain"):
             raise ValueError(f"drafts must be 'tree' or 'chain', got {drafts!r}")
         self.draft_length, self.eager, self.drafts = draft_length, eager, drafts
-        if not 0 <= least_chance <= 1:
+        if least_chance is not None and not 0 <= least_chance <= 1:
             raise ValueError(f"least_chance must lie in [0, 1], got {least_chance}")
         self.least_chance = least_chance
         self.table = Chances() if drafts == "tree" else None
+        self.neighbours, self.chain = Neighbours(), ChainChances()
 
     def _ahead(self, block: int) -> int:
         """Blocks that ``draft_length`` steps can reach behind the current one."""

@@ -4,46 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import log
+from dataclasses import dataclass
+from math import exp, log
 
-RANKS, TOKENS = 3, 3  # positions and tokens that a step is guessed to take
-_DEEPEST = 3  # depths from here on are one
-_WEIGHT = 20.0  # observations that a prior is worth
+from .chances import RANKS, TOKENS, Belief, Chances, Neighbours, mix
 
-
-@dataclass
-class Chances:
-    """How often a step takes the position that was the r-th surest some steps ago, and the t-th likeliest token there.
-
-    Counted per depth, and per bucket of how sure the model was. The first values are lines through what was counted
-    with the model that comes with the sources.
-    """
-
-    ranks: dict[tuple[int, int], list[float]] = field(default_factory=dict)
-    tokens: dict[tuple[int, int], list[float]] = field(default_factory=dict)
-
-    def of_ranks(self, depth: int, lead: float) -> list[float]:
-        """``lead``: the second surest score over the surest."""
-        p = 0.97 - 0.5 * lead
-        return self._entry(self.ranks, depth, int(lead * 3.999), p)
-
-    def of_tokens(self, depth: int, chance: float) -> list[float]:
-        """``chance``: the likeliest token's probability."""
-        return self._entry(self.tokens, depth, int(chance * 3.999), 0.5 + 0.48 * chance)
-
-    def observe(self, depth: int, lead: float, rank: int, chance: float, token: int) -> None:
-        """A step has taken this rank and this token; numbers beyond the guessed ones count together."""
-        self.of_ranks(depth, lead)[min(rank, RANKS)] += 1
-        self.of_tokens(depth, chance)[min(token, TOKENS)] += 1
-
-    @staticmethod
-    def _entry(table: dict[tuple[int, int], list[float]], depth: int, bucket: int, first: float) -> list[float]:
-        """``first``: the share of the first, before anything was seen."""
-        key = (min(depth, _DEEPEST), bucket)
-        if key not in table:
-            table[key] = [_WEIGHT * first] + [_WEIGHT * (1 - first) * share for share in (0.5, 0.2, 0.3)]
-        return table[key]
+Step = tuple[int, float, int, float, int]  # depth, lead, rank, chance and token, as Chances counts them
 
 
 @dataclass
@@ -52,11 +18,15 @@ class Guess:
 
     Attributes:
         added: position -> token, beyond the certain state.
-        steps: of the way that it was guessed by: depth, lead, rank, chance and token of each.
+        steps: of the way that it was guessed by.
+        beliefs: of the positions beside those that were added; of the others, what the model said.
+        chance: that it is reached that way.
     """
 
     added: dict[int, int]
-    steps: list[tuple[int, float, int, float, int]]
+    steps: list[Step]
+    beliefs: dict[int, Belief]
+    chance: float = 1.0
 
 
 class Guesser:
@@ -68,6 +38,8 @@ class Guesser:
         scores: how sure the model is of every position; -inf where it was not asked.
         choices, chances: its likeliest tokens there and their probabilities, likeliest first.
         table: what is known of such guesses.
+        neighbours: what is known of positions beside a token.
+        probable: whether scores are the likeliest token's probability, so that beliefs have one, too.
     """
 
     def __init__(
@@ -78,42 +50,58 @@ class Guesser:
         choices: Sequence[Sequence[int]],
         chances: Sequence[Sequence[float]],
         table: Chances,
+        neighbours: Neighbours,
+        probable: bool = True,
     ) -> None:
-        self._order = sorted(masked, key=lambda i: (block_of[i], -scores[i], i))
-        self._block_of, self._scores = block_of, scores
-        self._choices, self._chances, self._table = choices, chances, table
+        self._masked, self._block_of = frozenset(masked), block_of
+        self._said = {i: (scores[i], choices[i], chances[i]) for i in masked}
+        self._table, self._neighbours, self._probable = table, neighbours, probable
 
-    def left(self, added: dict[int, int]) -> list[int]:
-        """Masks of the block that the next step is in, surest first; none where one was not asked about."""
-        rest = [i for i in self._order if i not in added]
-        here = [i for i in rest if self._block_of[i] == self._block_of[rest[0]]] if rest else []
-        return here if all(self._scores[i] > float("-inf") for i in here) else []
+    def first(self, position: int, token: int) -> Guess:
+        """The certain state, which this step leads to."""
+        return Guess({}, [], self._placed({}, position, token))
 
-    def lead(self, left: Sequence[int]) -> float:
+    def left(self, guess: Guess, mixed: bool | None = None) -> list[int]:
+        """Masks of the block that the next step is in, surest first; none where one was not asked about.
+
+        ``mixed``: by the guess's beliefs; None: if they help.
+        """
+        rest = self._masked.difference(guess.added)
+        if not rest:
+            return []
+        block = min(self._block_of[i] for i in rest)
+        here = sorted((-self._belief(guess, i, mixed)[0], i) for i in rest if self._block_of[i] == block)
+        return [i for _, i in here] if here[-1][0] < float("inf") else []
+
+    def lead(self, guess: Guess, left: Sequence[int]) -> float:
         if len(left) < 2:
             return 0.0
-        return max(min(self._scores[left[1]] / self._scores[left[0]], 1.0), 0.0) if self._scores[left[0]] > 0 else 1.0
+        first, second = self._belief(guess, left[0])[0], self._belief(guess, left[1])[0]
+        return max(min(second / first, 1.0), 0.0) if first > 0 else 1.0
 
     def observe(self, guess: Guess, position: int, token: int) -> None:
         """The step that was taken after a guess."""
-        left = self.left(guess.added)
+        left = self.left(guess)
         if position in left:
-            choices = list(self._choices[position])
+            plain = Guess(guess.added, [], {})
+            for i, state in enumerate((plain, guess)):
+                right = self.left(state, True)[0] == position and self._belief(state, position, True)[1][0] == token
+                self._neighbours.judge(i, right)
+            _, choices, chances = self._belief(guess, position)
             place = choices.index(token) if token in choices else TOKENS
-            chance = self._chances[position][0]
-            self._table.observe(len(guess.added) + 1, self.lead(left), left.index(position), chance, place)
+            self._table.observe(len(guess.added) + 1, self.lead(guess, left), left.index(position), chances[0], place)
 
-    def grow(self, count: int, least: float) -> list[Guess]:
-        """The likeliest states of a chance of at least ``least``, fewer tokens first; the same state reached in two
-        orders is one."""
+    def grow(self, first: Guess, count: int, least: float) -> list[Guess]:
+        """The likeliest states behind the first of a chance of at least ``least``, likeliest first; the same state
+        reached in two orders is one."""
         found: dict[frozenset[tuple[int, int]], Guess] = {}
-        queue: list[tuple[float, int, Guess]] = []
+        queue: list[tuple[float, int, Guess, int, int, Step]] = []
         serial, most = 0, -log(max(least, 1e-30))
 
         def push(guess: Guess, cost: float) -> None:
             nonlocal serial
-            left = self.left(guess.added)
-            depth, lead = len(guess.added) + 1, self.lead(left)
+            left = self.left(guess)
+            depth, lead = len(guess.added) + 1, self.lead(guess, left)
             if not left:
                 return
             ranks = self._table.of_ranks(depth, lead)
@@ -121,21 +109,42 @@ class Guesser:
                 place = cost - log(ranks[rank] / sum(ranks))
                 if place > most:
                     continue
-                chance = self._chances[position][0]
-                tokens = self._table.of_tokens(depth, chance)
-                for token, choice in enumerate(self._choices[position]):
+                _, choices, chances = self._belief(guess, position)
+                tokens = self._table.of_tokens(depth, chances[0])
+                for token, choice in enumerate(choices[:TOKENS]):
                     whole = place - log(tokens[token] / sum(tokens))
                     if whole <= most:
                         serial += 1
-                        steps = [*guess.steps, (depth, lead, rank, chance, token)]
-                        heapq.heappush(queue, (whole, serial, Guess({**guess.added, position: choice}, steps)))
+                        heapq.heappush(
+                            queue, (whole, serial, guess, position, choice, (depth, lead, rank, chances[0], token))
+                        )
 
-        push(Guess({}, []), 0.0)
+        push(first, 0.0)
         while queue and len(found) < count:
-            cost, _, guess = heapq.heappop(queue)
-            key = frozenset(guess.added.items())
+            cost, _, guess, position, token, step = heapq.heappop(queue)
+            added = {**guess.added, position: token}
+            key = frozenset(added.items())
             if key in found:
                 continue
-            found[key] = guess
-            push(guess, cost)
-        return sorted(found.values(), key=lambda guess: len(guess.added))
+            beliefs = self._placed(guess.beliefs, position, token)
+            found[key] = Guess(added, [*guess.steps, step], beliefs, exp(-cost))
+            if len(found) < count:
+                push(found[key], cost)
+        return list(found.values())
+
+    def _belief(self, guess: Guess, position: int, mixed: bool | None = None) -> Belief:
+        mixed = self._neighbours.help if mixed is None else mixed
+        return (guess.beliefs.get(position) if mixed else None) or self._said[position]
+
+    def _placed(self, beliefs: dict[int, Belief], position: int, token: int) -> dict[int, Belief]:
+        """What is believed once a token stands at a position."""
+        found = dict(beliefs)
+        for side, at in enumerate((position + 1, position - 1)):
+            others = self._neighbours.beside(side, token)
+            if others is None or at not in self._said:
+                continue
+            score, choices, chances = found.get(at) or self._said[at]
+            if score > float("-inf"):
+                mixed = mix(choices, chances, *others)
+                found[at] = mixed if self._probable else (score, *mixed[1:])
+        return found

@@ -19,10 +19,10 @@ class Predictions:
         choices, chances: the likeliest tokens i64[n, k] and their probabilities f32[n, k], if asked for.
     """
 
-    tokens: Tensor
-    scores: Tensor
-    choices: Tensor | None = None
-    chances: Tensor | None = None
+    tokens: np.ndarray
+    scores: np.ndarray
+    choices: np.ndarray | None = None
+    chances: np.ndarray | None = None
 
 
 class Kind(Enum):
