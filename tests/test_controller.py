@@ -12,10 +12,11 @@ import tiny
 from branchwise import cli
 from branchwise.decoding import Auto, Bandit
 from branchwise.decoding.auto import unique_names
-from branchwise.decoding.bandit import BegMab, Elastic, Strategy
+from branchwise.decoding.bandit import Elastic, Strategy
 from branchwise.decoding.profile import Profile
 from branchwise.decoding.tree_size import CostModel, Record, cost_model
 from branchwise.drafters import BY_NAME, DraftRequest, EarlyExit, Jacobi, Lookahead, Model, Suffix, TokenRecycling, Trie
+from branchwise.drafters.beg_mab import BegMab
 from random_drafter import RandomTrees
 from test_sampling import run
 
@@ -167,7 +168,7 @@ def test_names():
         (lambda: Bandit(nodes=(1, 4), thresholds=(2, 3)), r"thresholds must ascend from 1, got \[2, 3\]"),
         (lambda: Bandit(epsilon=2.0), "epsilon must lie between 0 and 1, got 2.0"),
         (lambda: Bandit(elastic=(0, 1)), "threshold and patience must be at least 1, got 0 and 1"),
-        (lambda: BegMab([[]], [1]), "groups must hold at least one strategy each"),
+        (lambda: BegMab([[]], [1]), "groups must hold at least one arm each"),
     ],
 )
 def test_bad_options(make, message):

@@ -22,6 +22,7 @@ from branchwise.drafters import (
     TokenRecycling,
     Verified,
 )
+from branchwise.drafters.beg_mab import BegMab
 from branchwise.drafters.growth import grow_best_first
 from branchwise.drafters.hybrid import merge, own_names
 from branchwise.layers import decoder_layers
@@ -49,6 +50,7 @@ DRAFTERS = {
     "model of another kind": lambda m: Model(tiny.model("mistral"), min_score=0.0),
     "model that draws": lambda m: Model(noisy(m, 0.2), draws="without_replacement"),
     "early exit": lambda m: EarlyExit(1, min_score=0.0),
+    "early exit, several": lambda m: EarlyExit((2, 1), width=2, min_score=0.0),
     "early exit tree": lambda m: EarlyExit(2, width=3, min_score=0.0),
     "early exit static": lambda m: EarlyExit(2, width=3, growth="static"),
     "token recycling": lambda m: TokenRecycling(),
@@ -82,6 +84,34 @@ def test_early_exit_of_every_architecture(name):
         spec = bw.TreeSpeculation(EarlyExit(layers, width=width, min_score=0.0), adaptive=False)
         assert torch.equal(plain, run(model, ids, mask, spec, do_sample=False, top_k=None))
     assert all("forward" not in layer.__dict__ for layer in decoder_layers(model))
+
+
+def test_several_exits(monkeypatch):
+    """All are tried, and the one that has gained the most is taken; the text is the target's."""
+    model = tiny.model("llama")
+    ids, mask = tiny.prompts(2, 3)
+    plain = run(model, ids, mask, None, do_sample=False, top_k=None, max_new_tokens=N)
+    rounds = []
+    record = BegMab.record
+
+    def noted(self, batch_size, arm, emitted, seconds):
+        rounds.append((arm, emitted))
+        assert seconds > 0
+        record(self, batch_size, arm, emitted, 1.0 if arm == 1 else 1e-3)  # the deeper one is the faster one
+
+    monkeypatch.setattr(BegMab, "record", noted)
+    for epsilon in (1.0, 0.0):
+        drafter = EarlyExit((2, 1, 2), min_score=0.0)
+        assert drafter.exits == [1, 2]
+        drafter.choice.epsilon = epsilon
+        spec = bw.TreeSpeculation(drafter, adaptive=False)
+        rounds.clear()
+        assert torch.equal(plain, run(model, ids, mask, spec, do_sample=False, top_k=None, max_new_tokens=N))
+        taken = [arm for arm, _ in rounds]
+        assert set(taken) == {1, 2} and sum(emitted for _, emitted in rounds) <= 2 * N
+        if epsilon == 0.0:
+            # Rewards are kept per batch size, and rows leave: each exit is tried first, once per size.
+            assert taken.count(1) <= 2 and len(taken) > 4
 
 
 @pytest.mark.parametrize("drafter", [d for d in DRAFTERS if d != "model that draws"])
@@ -291,6 +321,8 @@ def test_options_are_checked():
         (lambda: Model(model, growth="wild"), "growth must be 'best_first' or 'static', got 'wild'"),
         (lambda: Model(model, draws="with_replacement"), "draws must be 'deterministic' or"),
         (lambda: EarlyExit(0), "exit_layer, width and depth must be at least 1, got 0"),
+        (lambda: EarlyExit([3, 0]), r"exit_layer, width and depth must be at least 1, got \[3, 0\]"),
+        (lambda: EarlyExit([]), r"exit_layer, width and depth must be at least 1, got \[\]"),
         (lambda: EarlyExit(1, growth="wild"), "growth must be"),
         (lambda: TokenRecycling(successors=0), "successors and depth must be at least 1, got 0 and 6"),
         (lambda: Jacobi(0), "length must be at least 1, got 0"),
@@ -302,6 +334,7 @@ def test_options_are_checked():
             make()
     for drafter, message in (
         (EarlyExit(3), "exit_layer must be below the target's 3 layers, got 3"),
+        (EarlyExit((1, 4)), "exit_layer must be below the target's 3 layers, got 4"),
         (Model(tiny.model("llama")), None),
     ):
         spec = bw.TreeSpeculation(drafter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,20 +16,23 @@ from ..forward import StoredModel
 from ..layers import LayerSwitch, pass_through
 from ..tree import DrawKind, RowTree
 from .base import DraftRequest, Needs, Verified
+from .beg_mab import BegMab
 from .growth import grow_best_first, grow_shape
 from .ranks import RankChances
 
 
 class EarlyExit:
     """Trees from the target's first ``exit_layer`` layers, with its final norm and head on top (LayerSkip, Elhoushi et
-    al. 2024, arXiv 2404.16710; the sub-models of SoFT are the same with several exits to choose from).
+    al. 2024, arXiv 2404.16710), or from one of several such sub-models, as SoFT trains them (Kavehzadeh et al. 2023,
+    arXiv 2309.08968).
 
     The keys, values and hidden states that drafting computed serve the verification: it runs the other layers only,
     so no layer sees a node twice. Without training for early exits, expect few accepted tokens. Greedy or by
     sample-and-match. One ``generate`` call per model at a time, as it switches the model's layers.
 
     Args:
-        exit_layer: layers that draft, E; the target has more.
+        exit_layer: layers that draft, E; the target has more. Several: in every round those that have gained the most
+            tokens per second so far (:class:`branchwise.drafters.beg_mab.BegMab`), others in one round of ten.
         width, depth, growth, min_score: as for :class:`branchwise.drafters.Model`.
 
     Raises:
@@ -40,19 +44,21 @@ class EarlyExit:
 
     def __init__(
         self,
-        exit_layer: int,
+        exit_layer: int | Sequence[int],
         width: int = 1,
         depth: int = 6,
         growth: Literal["best_first", "static"] = "best_first",
         min_score: float = 0.1,
     ) -> None:
-        if exit_layer < 1 or width < 1 or depth < 1:
+        exits = [exit_layer] if isinstance(exit_layer, int) else sorted(set(exit_layer))
+        if not exits or exits[0] < 1 or width < 1 or depth < 1:
             raise ValueError(f"exit_layer, width and depth must be at least 1, got {exit_layer}, {width} and {depth}")
         if growth not in ("best_first", "static"):
             raise ValueError(f"growth must be 'best_first' or 'static', got {growth!r}")
-        self.exit_layer, self.width, self.depth, self.min_score = exit_layer, width, depth, min_score
+        self.exits, self.width, self.depth, self.min_score = exits, width, depth, min_score
         self.growth = growth
-        self.ranks = RankChances(width)
+        self.ranks = {layer: RankChances(width) for layer in exits}
+        self.choice = BegMab([exits], [1])
 
     def begin(self, request: DraftRequest) -> EarlyExitSession:
         if request.target is None or request.store is None:
@@ -67,8 +73,8 @@ class EarlyExit:
                 f"{type(request.target).__name__} has layers that read the keys of earlier ones within a forward, "
                 "so its first layers cannot run ahead of the others"
             )
-        if self.exit_layer >= count:
-            raise ValueError(f"exit_layer must be below the target's {count} layers, got {self.exit_layer}")
+        if self.exits[-1] >= count:
+            raise ValueError(f"exit_layer must be below the target's {count} layers, got {self.exits[-1]}")
         return EarlyExitSession(self, request)
 
 
@@ -82,18 +88,22 @@ class EarlyExitSession:
         self._last = torch.tensor([[int(prompt[-1])] for prompt in request.prompts])
         self._target = StoredModel(request.target, request.store)
         self._hidden: list[Tensor] = []  # after layer E, of this round's nodes by slot
-        self._switch = LayerSwitch(request.target, watch=frozenset({options.exit_layer - 1}))
+        self._exit = options.exits[0]  # of this round
+        self._begun = 0.0  # when it began to draft; 0: it did not
+        self._switch = LayerSwitch(request.target, watch=frozenset(layer - 1 for layer in options.exits))
         self._count = len(self._switch.layers)
 
     def propose(self, budgets: Sequence[int]) -> list[RowTree]:
         roots = self._last.flatten().tolist()
+        self._begun = 0.0
         if max(budgets) < 2:
             return [RowTree.root(root) for root in roots]
         options = self._options
         self._hidden = []
-        self._switch.replace = dict.fromkeys(range(options.exit_layer, self._count), pass_through)
+        self._begun, self._exit = time.perf_counter(), options.choice.select(len(roots))
+        self._switch.replace = dict.fromkeys(range(self._exit, self._count), pass_through)
         if options.growth == "static":
-            shape = options.ranks.shape(max(budgets), options.depth)
+            shape = options.ranks[self._exit].shape(max(budgets), options.depth)
             trees = grow_shape(self, roots, budgets, self._eos, shape)
         else:
             trees = grow_best_first(
@@ -107,8 +117,8 @@ class EarlyExitSession:
             )
         self._run_leaves(trees)
         # The verification's forward, which comes next, begins behind layer E.
-        self._switch.replace = dict.fromkeys(range(options.exit_layer - 1), pass_through)
-        self._switch.replace[options.exit_layer - 1] = self._hand_over
+        self._switch.replace = dict.fromkeys(range(self._exit - 1), pass_through)
+        self._switch.replace[self._exit - 1] = self._hand_over
         return trees
 
     def root(self) -> Tensor:
@@ -127,7 +137,7 @@ class EarlyExitSession:
         logits = self._target.forward(
             tokens, positions, pack_mask(ancestors), pending=ancestors.shape[1] - k, wanted=wanted
         )
-        self._hidden.append(self._switch.outputs[self._options.exit_layer - 1])
+        self._hidden.append(self._switch.outputs[self._exit - 1])
         return logits
 
     def _run_leaves(self, trees: Sequence[RowTree]) -> None:
@@ -163,7 +173,7 @@ class EarlyExitSession:
         store, rows = self._target.store, torch.arange(B)[:, None]
         if not torch.equal(slots, torch.arange(T).expand(B, -1)):
             at = store.seq_lens[:, None] + slots
-            for layer in store.layers[: self._options.exit_layer]:
+            for layer in store.layers[: self._exit]:
                 if layer.is_initialized:  # layers that share another's hold none
                     key, value = (x[rows, :, at].transpose(1, 2) for x in (layer.keys, layer.values))
                     ops.append_kv(key, value, layer.keys, layer.values, store.seq_lens)
@@ -173,9 +183,13 @@ class EarlyExitSession:
         for b, tokens in enumerate(verified.emitted):
             if tokens:
                 self._last[b, 0] = tokens[-1]
+        if not self._begun:
+            return
+        emitted = sum(map(len, verified.emitted))
+        self._options.choice.record(len(self._last), self._exit, emitted, time.perf_counter() - self._begun)
         if verified.tree is not None:
             for b, tree in enumerate(verified.tree.rows):
-                self._options.ranks.observe(tree, verified.path(b))
+                self._options.ranks[self._exit].observe(tree, verified.path(b))
 
     def keep(self, rows: Sequence[int]) -> None:
         self._last = self._last[list(rows)]
