@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from branchwise import _host
+from branchwise.tree import FOREIGN
 
 
 def random_draft(rng, size, fixed=1):
@@ -12,7 +13,7 @@ def random_draft(rng, size, fixed=1):
     scores = np.ones(size, np.float32)
     for i in range(1, size):
         scores[i] = scores[parents[i]] * rng.random()
-    return tokens, parents, scores, fixed
+    return tokens, parents, scores, fixed, None
 
 
 def path(tokens, parents, node):
@@ -28,37 +29,39 @@ def test_random_drafts(seed):
     rng = np.random.default_rng(seed)
     drafts = [random_draft(rng, int(rng.integers(1, 20))) for _ in range(rng.integers(1, 4))]
     budget = int(rng.integers(1, 40))
-    tokens, parents, scores, fixed, sources = _host.merge_drafts(drafts, budget)
+    tokens, parents, scores, fixed, names = _host.merge_drafts(drafts, budget)
     n = len(tokens)
-    assert fixed == 1 and sources.shape == (len(drafts), n)
+    assert fixed == 1 and names.shape == (len(drafts), n)
     assert parents[0] == -1 and all(0 <= parents[i] < i for i in range(1, n))
     paths = [path(tokens, parents, node) for node in range(n)]
-    everything = {path(t, p, node) for t, p, _, _ in drafts for node in range(len(t))}
+    everything = {path(t, p, node) for t, p, *_ in drafts for node in range(len(t))}
     assert len(set(paths)) == n == min(budget, len(everything)) and set(paths) <= everything
     assert (np.diff(scores) <= 1e-6).all()
     for node in range(n):
         children = np.flatnonzero(parents == node)
         assert scores[children].sum() <= scores[node] + 1e-5
-        for d, (t, p, _, _) in enumerate(drafts):
+        for d, (t, p, *_) in enumerate(drafts):
             known = [i for i in range(len(t)) if path(t, p, i) == paths[node]]
-            assert (sources[d, node] in known) if known else sources[d, node] == -1
+            assert (names[d, node] in known) if known else names[d, node] == FOREIGN
 
 
 def test_fixed_nodes_stay():
     rng = np.random.default_rng(0)
     first, second = random_draft(rng, 10, fixed=6), random_draft(rng, 10)
-    tokens, parents, _, fixed, sources = _host.merge_drafts([first, second], 2)
+    tokens, parents, _, fixed, names = _host.merge_drafts([first, second], 2)
     kept = {path(tokens, parents, node) for node in range(len(tokens))}
     assert len(tokens) == fixed == len({path(*first[:2], node) for node in range(6)})
-    assert kept == {path(*first[:2], node) for node in range(6)} and (sources[0] >= 0).all()
+    assert kept == {path(*first[:2], node) for node in range(6)} and (names[0] >= 0).all()
 
 
 def test_bad_drafts():
-    one = np.zeros(1, np.int32), np.full(1, -1, np.int32), np.ones(1, np.float32), 1
+    one = np.zeros(1, np.int32), np.full(1, -1, np.int32), np.ones(1, np.float32), 1, None
     with pytest.raises(ValueError, match="drafts must hold at least one draft"):
         _host.merge_drafts([], 3)
     with pytest.raises(ValueError, match="must have one equal length of at least 1"):
-        _host.merge_drafts([(one[0], one[1], np.ones(2, np.float32), 1)], 3)
-    wrong = np.zeros(2, np.int32), np.array([-1, 5], np.int32), np.ones(2, np.float32), 1
+        _host.merge_drafts([(one[0], one[1], np.ones(2, np.float32), 1, None)], 3)
+    with pytest.raises(ValueError, match="ids must have one entry per node"):
+        _host.merge_drafts([(*one[:4], np.zeros(2, np.int32))], 3)
+    wrong = np.zeros(2, np.int32), np.array([-1, 5], np.int32), np.ones(2, np.float32), 1, None
     with pytest.raises(ValueError, match=r"parents\[1\] of draft 0 must be an earlier node, got 5"):
         _host.merge_drafts([wrong], 3)

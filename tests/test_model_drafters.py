@@ -24,7 +24,7 @@ from branchwise.drafters import (
 )
 from branchwise.drafters.beg_mab import BegMab
 from branchwise.drafters.growth import grow_best_first
-from branchwise.drafters.hybrid import merge, own_names
+from branchwise.drafters.hybrid import merge
 from branchwise.layers import decoder_layers
 from branchwise.tree import FOREIGN, RowTree
 from test_sampling import run
@@ -273,12 +273,11 @@ def test_token_recycling_remembers_the_last_successors():
 def test_merge():
     a = RowTree(np.int32([1, 5, 6]), np.int32([-1, 0, 1]), np.float32([1, 0.5, 0.2]), ids=np.int32([-1, 0, 1]))
     b = RowTree(np.int32([1, 7, 5, 6, 8]), np.int32([-1, 0, 0, 2, 3]), np.float32([1, 0.6, 0.4, 0.3, 0.3]))
-    tree, sources = merge([a, b], 5)
-    names = own_names([a, b], sources)
+    tree, names = merge([a, b], 5)
     assert [tuple(tree.path(n)) for n in range(5)] == [(), (7,), (5,), (5, 6), (5, 6, 8)]
     assert tree.scores.tolist() == pytest.approx([1, 0.6, 0.4, 0.24, 0.24])
     assert names[0, tree.ids].tolist() == [-1, FOREIGN, 0, 1, FOREIGN]
-    assert names[1, tree.ids].tolist() == sources[1, tree.ids].tolist() == [0, 1, 2, 3, 4]
+    assert names[1, tree.ids].tolist() == [0, 1, 2, 3, 4]
     assert len(merge([a, b], 2)[0]) == 2
     b.fixed = 3
     tree, _ = merge([a, b], 5)

@@ -81,11 +81,12 @@ MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget) {
     merged.draft.parents.push_back(nodes[node].parent < 0 ? -1 : rank[nodes[node].parent]);
     merged.draft.scores.push_back(nodes[node].score);
   }
-  merged.sources.assign(drafts.size() * order.size(), -1);
+  merged.names.assign(drafts.size() * order.size(), kForeign);
   for (size_t d = 0; d < drafts.size(); ++d)
     for (size_t i = 0; i < places[d].size(); ++i)
       if (rank[places[d][i]] >= 0)
-        merged.sources[d * order.size() + rank[places[d][i]]] = static_cast<int32_t>(i);
+        merged.names[d * order.size() + rank[places[d][i]]] =
+            drafts[d].ids != nullptr ? drafts[d].ids[i] : static_cast<int32_t>(i);
   return merged;
 }
 

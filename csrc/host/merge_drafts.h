@@ -12,14 +12,17 @@ struct DraftView {
   const int32_t* tokens;
   const int32_t* parents;
   const float* scores;
-  int64_t size;   // nodes, at least the root
-  int64_t fixed;  // leading nodes that must stay
+  const int32_t* ids;  // the drafter's own names for the nodes; null: their numbers
+  int64_t size;        // nodes, at least the root
+  int64_t fixed;       // leading nodes that must stay
 };
+
+constexpr int32_t kForeign = -2;  // the node is another drafter's
 
 struct MergedDraft {
   Draft draft;
   int64_t fixed;
-  std::vector<int32_t> sources;  // [drafts][nodes]: the node of each draft, -1 where it has none
+  std::vector<int32_t> names;  // [drafts][nodes]: what each drafter calls the node, or kForeign
 };
 
 // The union of the drafts' paths, equal ones once, with the highest score that any draft gave, cut

@@ -40,15 +40,19 @@ void check_flat(const char* name, const Tokens& tokens) {
 }
 
 using Scores = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using OneDraft = std::tuple<Tokens, Tokens, Scores, int64_t>;  // tokens, parents, scores, fixed
+// tokens, parents, scores, fixed, the drafter's names for its nodes if it has any
+using OneDraft = std::tuple<Tokens, Tokens, Scores, int64_t, std::optional<Tokens>>;
 
 py::tuple merge(const std::vector<OneDraft>& drafts, int64_t budget) {
   std::vector<branchwise::DraftView> views;
-  for (const auto& [tokens, parents, scores, fixed] : drafts) {
+  for (const auto& [tokens, parents, scores, fixed, ids] : drafts) {
     check_flat("tokens", tokens);
     if (tokens.size() == 0 || parents.size() != tokens.size() || scores.size() != tokens.size())
       throw py::value_error("tokens, parents and scores must have one equal length of at least 1");
-    views.push_back({tokens.data(), parents.data(), scores.data(), tokens.size(), fixed});
+    if (ids && ids->size() != tokens.size())
+      throw py::value_error("ids must have one entry per node");
+    views.push_back({tokens.data(), parents.data(), scores.data(), ids ? ids->data() : nullptr,
+                     tokens.size(), fixed});
   }
   if (views.empty()) throw py::value_error("drafts must hold at least one draft");
   branchwise::MergedDraft merged;
@@ -60,7 +64,7 @@ py::tuple merge(const std::vector<OneDraft>& drafts, int64_t budget) {
   const auto size = static_cast<py::ssize_t>(merged.draft.tokens.size());
   return py::make_tuple(to_numpy(merged.draft.tokens), to_numpy(merged.draft.parents),
                         to_numpy(merged.draft.scores), merged.fixed,
-                        to_numpy(merged.sources).reshape({count, size}));
+                        to_numpy(merged.names).reshape({count, size}));
 }
 
 // begin, observe, propose and end: what every store of drafts has.

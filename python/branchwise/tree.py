@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +52,7 @@ class RowTree:
                 f"tokens, parents and scores must have one equal length of at least 1, got {n}, "
                 f"{len(self.parents)} and {len(self.scores)}"
             )
-        # As unsigned numbers, negative ones are large: one comparison sees both errors. Trees are made by the thousand.
+        # As unsigned numbers, negative ones are large: one comparison sees both errors.
         above = np.asarray(self.parents[1:], np.int32).view(np.uint32)
         if self.parents[0] != -1 or (n > 1 and (above > np.arange(n - 1, dtype=np.uint32)).any()):
             raise ValueError(f"parents must be -1 for the root and else a node before, got {self.parents.tolist()}")
@@ -85,16 +84,18 @@ class RowTree:
         n = max(n, self.fixed)
         if n >= len(self):
             return self
-        cut = copy(self)  # was checked as a whole
-        for name in ("tokens", "parents", "scores", "draft_index", "ids"):
-            value = getattr(self, name)
-            setattr(cut, name, None if value is None else value[:n])
-        return cut
+        names = ("tokens", "parents", "scores", "draft_index", "ids")
+        parts = {name: getattr(self, name) for name in names}
+        return self._with({name: None if value is None else value[:n] for name, value in parts.items()})
 
     def named(self, ids: np.ndarray) -> RowTree:
         """With other ``ids``, and no more nodes fixed than the root."""
-        other = copy(self)
-        other.ids, other.fixed = ids, 1
+        return self._with({"ids": ids, "fixed": 1})
+
+    def _with(self, changes: dict[str, Any]) -> RowTree:
+        # Was checked as a whole; trees are made by the thousand.
+        other = object.__new__(RowTree)
+        other.__dict__ = self.__dict__ | changes
         return other
 
     def only(self, keep: np.ndarray) -> RowTree:

@@ -13,8 +13,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Suffix, TokenRecycling, Verified, make_drafter
-from ..drafters.hybrid import as_seen_by, foreign, merge, own_names
-from ..tree import DrawKind, RowTree
+from ..drafters.hybrid import as_seen_by, foreign, merge
+from ..tree import FOREIGN, DrawKind, RowTree
 from .profile import Profile
 from .tree_size import Calibration, CostModel, Record, best_size, cost_model
 
@@ -94,7 +94,7 @@ class AutoSession:
         self._last = [int(prompt[-1]) for prompt in request.prompts]
         self._asked: list[int] = []  # the drafters of this round
         self._proposals: list[list[RowTree]] = []  # of each of them, by row
-        self._sources: list[np.ndarray] = []  # by row, see merge
+        self._names: list[np.ndarray] = []  # by row, see merge
         self._spent: list[float] = []  # seconds by drafter, this round
         self._budget = 1 << 10  # of the next round
         self._quiet = 0  # rounds without a gain
@@ -114,9 +114,9 @@ class AutoSession:
             self._proposals.append(self._sessions[d].propose(budgets))
             self._spent[d] += time.perf_counter() - begun
         if not self._asked:
-            self._sources = []
+            self._names = []
             return [RowTree.root(token) for token in self._last]
-        merged, self._sources = _merge(self._proposals, budgets)
+        merged, self._names = _merge(self._proposals, budgets)
         size, rate = self._size(merged)
         plain = float(self._cost.seconds(np.array([len(budgets)]))[0])
         self._quiet = 0 if rate * plain > _WORTH * len(budgets) else self._quiet + 1
@@ -127,9 +127,7 @@ class AutoSession:
 
     def _size(self, trees: Sequence[RowTree]) -> tuple[int, float]:
         with self._lock:
-            chances = self._auto.calibration.chances(np.concatenate([tree.scores[1:] for tree in trees]))
-        parts = np.split(chances, np.cumsum([len(tree) - 1 for tree in trees[:-1]]))
-        return best_size([(part, tree.fixed) for part, tree in zip(parts, trees, strict=True)], self._cost)
+            return best_size(self._auto.calibration, trees, self._cost)
 
     def _weigh(self, budgets: Sequence[int], size: int, rate: float) -> None:
         """What would the round be without each of the drafters?"""
@@ -148,41 +146,42 @@ class AutoSession:
 
     def observe(self, verified: Verified) -> None:
         self._last = [tokens[-1] if tokens else last for tokens, last in zip(verified.emitted, self._last, strict=True)]
-        names = [own_names([trees[b] for trees in self._proposals], sources) for b, sources in enumerate(self._sources)]
         for d, session in enumerate(self._sessions):
-            if not names:  # nothing was proposed
+            if not self._names:  # nothing was proposed
                 session.observe(verified)
             elif d not in self._asked:
                 # Reading logits and hidden states is what may cost.
                 session.observe(foreign(replace(verified, logits=None, hidden_states=None)))
             else:
                 begun = time.perf_counter()
-                session.observe(as_seen_by(self._asked.index(d), verified, names))
+                session.observe(as_seen_by(self._asked.index(d), verified, self._names))
                 self._records[d].spend(self._spent[d] + time.perf_counter() - begun)
-        if verified.tree is not None and self._sources:
+        if verified.tree is not None and self._names:
             self._calibrate(verified, verified.tree.rows)
 
     def _calibrate(self, verified: Verified, trees: Sequence[RowTree]) -> None:
-        scores, hits, owned = [], [], []
-        for b, (tree, sources) in enumerate(zip(trees, self._sources, strict=True)):
+        scores, names, hits, roots, size = [], [], [], [], 0
+        for b, tree in enumerate(trees):
             if len(tree) == 1 or not verified.emitted[b] or tree.ids is None:
                 continue
-            hit = np.zeros(len(tree), bool)
-            hit[verified.path(b)] = True
-            scores.append(tree.scores[1:])
-            hits.append(hit[1:])
-            owned.append(sources[:, tree.ids[1:]] >= 0)
+            scores.append(tree.scores)
+            names.append(self._names[b][:, tree.ids])
+            hits += [size + node for node in verified.path(b)]
+            roots.append(size)
+            size += len(tree)
         if not scores:
             return
-        accepted, own = np.concatenate(hits), np.concatenate(owned, 1)
-        for d, drafted, kept in zip(self._asked, own.sum(1).tolist(), (own & accepted).sum(1).tolist(), strict=True):
-            self._records[d].drafted += drafted
+        accepted, drafted = np.zeros(size, bool), np.ones(size, bool)
+        accepted[hits], drafted[roots] = True, False
+        accepted, own = accepted[drafted], np.concatenate(names, 1)[:, drafted] != FOREIGN
+        for d, nodes, kept in zip(self._asked, own.sum(1).tolist(), (own & accepted).sum(1).tolist(), strict=True):
+            self._records[d].drafted += nodes
             self._records[d].accepted += kept
         with self._lock:
-            self._auto.calibration.observe(np.concatenate(scores), accepted)
+            self._auto.calibration.observe(np.concatenate(scores)[drafted], accepted)
 
     def keep(self, rows: Sequence[int]) -> None:
-        self._sources, self._last = [], [self._last[row] for row in rows]
+        self._names, self._last = [], [self._last[row] for row in rows]
         for session in self._sessions:
             session.keep(rows)
 
@@ -192,9 +191,9 @@ class AutoSession:
 
 
 def _merge(proposals: Sequence[Sequence[RowTree]], budgets: Sequence[int]) -> tuple[list[RowTree], list[np.ndarray]]:
-    """One tree per row, and where its nodes come from; see :func:`branchwise.drafters.hybrid.merge`."""
+    """One tree per row, and what its nodes are called; see :func:`branchwise.drafters.hybrid.merge`."""
     pairs = [merge(trees, budget) for trees, budget in zip(zip(*proposals, strict=True), budgets, strict=True)]
-    return [tree for tree, _ in pairs], [sources for _, sources in pairs]
+    return [tree for tree, _ in pairs], [names for _, names in pairs]
 
 
 def unique_names(drafters: Sequence[Drafter]) -> list[str]:

@@ -18,6 +18,7 @@ _SCORE_BUCKETS = 16
 _FORGET = 0.98  # per round: acceptance drifts with the text
 _SAMPLES = 9  # kept per size class, for a median that survives stalls of the machine
 _ENOUGH = 3  # of them, for a size to count as known
+_LOOK = 16  # forwards
 _STALE = 400  # forwards after which a sample no longer counts
 _PRIOR_TRIES = 4.0
 _FREE = 0.01  # of a forward: a drafter that costs less is always asked, since texts change
@@ -44,14 +45,18 @@ class CostModel:
 
     def __init__(self) -> None:
         self._classes: dict[int, deque[tuple[int, int, float]]] = {}
+        self._points: dict[int, tuple[float, float]] = {}  # of a class, its mean size and median seconds
         self._clock = 0
         self._curve: tuple[list[float], np.ndarray] | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
         self._clock += 1
         self._curve = None
-        samples = self._classes.setdefault((tokens - 1).bit_length(), deque(maxlen=_SAMPLES))
-        samples.append((self._clock, tokens, seconds))
+        size = (tokens - 1).bit_length()
+        self._classes.setdefault(size, deque(maxlen=_SAMPLES)).append((self._clock, tokens, seconds))
+        # Samples of other classes only grow old: it is enough to look now and then.
+        for each in [size] if self._clock % _LOOK else sorted(self._classes):
+            self._summarise(each)
 
     def knows(self, tokens: int) -> bool:
         """Whether forwards of about this size were measured of late, often enough for a stall not to count."""
@@ -70,15 +75,17 @@ class CostModel:
     def _measured(self) -> tuple[list[float], np.ndarray]:
         """Mean size and median seconds of each class; asked several times between two forwards."""
         if self._curve is None:
-            sizes, times = [], []
-            for _, samples in sorted(self._classes.items()):
-                recent = [(n, t) for tick, n, t in samples if self._clock - tick < _STALE]
-                if recent:
-                    sizes.append(sum(n for n, _ in recent) / len(recent))
-                    times.append(median(t for _, t in recent))
+            points = sorted(self._points.values())
             # A forward costs no more than a larger one: this corrects a class that only saw a stall.
-            self._curve = sizes, np.minimum.accumulate(times[::-1])[::-1]
+            times = np.minimum.accumulate([t for _, t in points][::-1])[::-1]
+            self._curve = [n for n, _ in points], times
         return self._curve
+
+    def _summarise(self, size: int) -> None:
+        recent = [(n, t) for tick, n, t in self._classes[size] if self._clock - tick < _STALE]
+        self._points.pop(size, None)
+        if recent:
+            self._points[size] = sum(n for n, _ in recent) / len(recent), median(t for _, t in recent)
 
     def state(self) -> list[tuple[int, float]]:
         """The samples, for :meth:`restore`."""
@@ -210,7 +217,7 @@ class TreeSizer:
 
     def choose(self, trees: Sequence[RowTree]) -> list[RowTree]:
         """The trees cut to the best common number of nodes."""
-        size, rate = best_size([(self.calibration.chances(tree.scores[1:]), tree.fixed) for tree in trees], self.cost)
+        size, rate = best_size(self.calibration, trees, self.cost)
         if self._asked:
             forward, single = self.cost.seconds(len(trees) * np.array([size, 1]))
             self.record.learn(rate, len(trees) / single, forward)
@@ -228,22 +235,22 @@ class TreeSizer:
         self.calibration.observe(tree.scores[1:], hit[1:])
 
 
-def best_size(trees: Sequence[tuple[np.ndarray, int]], cost: CostModel) -> tuple[int, float]:
+def best_size(calibration: Calibration, trees: Sequence[RowTree], cost: CostModel) -> tuple[int, float]:
     """The common number of nodes with the most expected tokens per second, and that rate.
 
     Args:
-        trees: per row, the chances of its nodes behind the root, in the order in which they would be kept, and how many
-            nodes must be.
+        calibration: what scores are worth.
+        trees: one per row, nodes in the order in which they would be kept.
         cost: of a forward.
     """
-    longest = 1 + max(len(chances) for chances, _ in trees)
-    gain = np.zeros(longest)
-    for chances, _ in trees:
-        gain[0] += 1.0
-        gain[1 : 1 + len(chances)] += chances
-    sizes = np.arange(1, longest + 1)
-    rate = np.cumsum(gain) / cost.seconds(len(trees) * sizes)
-    least = max(fixed for _, fixed in trees) - 1
+    lengths = np.array([len(tree) for tree in trees])
+    chances = calibration.chances(np.concatenate([tree.scores for tree in trees]))
+    # Each node's place in its row; roots are kept for sure.
+    place = np.arange(len(chances)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    chances[place == 0] = 1.0
+    sizes = np.arange(1, lengths.max() + 1)
+    rate = np.cumsum(np.bincount(place, chances)) / cost.seconds(len(trees) * sizes)
+    least = max(tree.fixed for tree in trees) - 1
     best = least + int(rate[least:].argmax())
     return int(sizes[best]), float(rate[best])
 

@@ -49,7 +49,7 @@ class Hybrid:
 class HybridSession:
     def __init__(self, sessions: list[DraftSession], enough: float | None) -> None:
         self._sessions, self._enough = sessions, enough
-        self._names: list[np.ndarray] = []  # per row, i32[drafters, merged nodes]: the drafters' own ids
+        self._names: list[np.ndarray] = []  # per row, see merge
 
     def propose(self, budgets: Sequence[int]) -> list[RowTree]:
         proposals: list[list[RowTree]] = []
@@ -62,9 +62,9 @@ class HybridSession:
                         open_budgets[b] = 1
         self._names, merged = [], []
         for trees, budget in zip(zip(*proposals, strict=True), budgets, strict=True):
-            tree, sources = merge(trees, budget)
+            tree, names = merge(trees, budget)
             merged.append(tree)
-            self._names.append(own_names(trees, sources))
+            self._names.append(names)
         return merged
 
     def observe(self, verified: Verified) -> None:
@@ -82,7 +82,7 @@ class HybridSession:
 
 
 def as_seen_by(d: int, verified: Verified, names: Sequence[np.ndarray]) -> Verified:
-    """``verified`` with the d-th drafter's own names for the nodes; ``names``: per row, see :func:`own_names`."""
+    """``verified`` with the d-th drafter's own names for the nodes; ``names``: per row, see :func:`merge`."""
     if verified.tree is None or not names:
         return verified
     tree = copy.copy(verified.tree)
@@ -104,18 +104,9 @@ def merge(trees: Sequence[RowTree], budget: int) -> tuple[RowTree, np.ndarray]:
     likelier than their parent.
 
     Returns:
-        A tree of at most ``budget`` nodes, best first after the fixed ones, its ``ids`` counting up; and where its
-        nodes come from: i32[trees, nodes], by those ids, the node of each tree, -1 where it has none.
+        A tree of at most ``budget`` nodes, best first after the fixed ones, its ``ids`` counting up; and i32[trees,
+        nodes], by those ids, what each tree calls its nodes: :data:`branchwise.tree.FOREIGN` where it has none.
     """
-    drafts = [(tree.tokens, tree.parents, tree.scores, tree.fixed) for tree in trees]
-    tokens, parents, scores, fixed, sources = _host.merge_drafts(drafts, budget)
-    return RowTree(tokens, parents, scores, ids=np.arange(len(tokens), dtype=np.int32), fixed=fixed), sources
-
-
-def own_names(trees: Sequence[RowTree], sources: np.ndarray) -> np.ndarray:
-    """What each tree calls the nodes of the merged one, i32[trees, nodes]: :data:`branchwise.tree.FOREIGN` for none."""
-    names = np.full(sources.shape, FOREIGN, np.int32)
-    for d, tree in enumerate(trees):
-        own = sources[d] >= 0
-        names[d, own] = sources[d, own] if tree.ids is None else tree.ids[sources[d, own]]
-    return names
+    drafts = [(tree.tokens, tree.parents, tree.scores, tree.fixed, tree.ids) for tree in trees]
+    tokens, parents, scores, fixed, names = _host.merge_drafts(drafts, budget)
+    return RowTree(tokens, parents, scores, ids=np.arange(len(tokens), dtype=np.int32), fixed=fixed), names

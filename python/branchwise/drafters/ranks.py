@@ -25,6 +25,7 @@ class RankChances:
     def __init__(self, ranks: int, first: float = 0.6, falloff: float = 0.3) -> None:
         self._prior = _PRIOR_TRIES * first * falloff ** np.arange(ranks)
         self._hits, self._tries = np.zeros(ranks), np.zeros(ranks)
+        self._rounded = np.full(ranks, np.inf)
         self._lock = threading.Lock()
 
     @property
@@ -35,8 +36,12 @@ class RankChances:
 
     @property
     def rounded(self) -> tuple[float, ...]:
-        """Chances in steps, none of them 0 or 1."""
-        return tuple(float(p) for p in np.clip(np.round(self.chances / _STEP), 0.2, 1 / _STEP - 0.2) * _STEP)
+        """Chances in steps, none of them 0 or 1; they stay while none is off by more than three quarters of a step."""
+        chances = self.chances
+        with self._lock:
+            if np.abs(chances - self._rounded).max() > 0.75 * _STEP:
+                self._rounded = np.clip(np.round(chances / _STEP), 0.2, 1 / _STEP - 0.2) * _STEP
+            return tuple(self._rounded.tolist())
 
     def shape(self, nodes: int, depth: int) -> Shape:
         """The best shape for these chances, see :func:`branchwise.drafters.shapes.best_shape`."""
@@ -47,15 +52,17 @@ class RankChances:
         path that was kept."""
         if len(path) == 0 or len(tree) == 1:
             return
-        accepted = set(path)
+        children = dict.fromkeys(path, 0)  # of every accepted node, so far
+        own = range(len(tree)) if tree.ids is None else np.flatnonzero(tree.ids != FOREIGN).tolist()
+        parents = tree.parents.tolist()
         with self._lock:
             self._hits *= _FORGET
             self._tries *= _FORGET
-            for parent in path:
-                own = tree.parents == parent
-                if tree.ids is not None:
-                    own &= tree.ids != FOREIGN
-                children = np.flatnonzero(own)[: len(self._tries)]
-                self._tries[: len(children)] += 1
-                for rank, child in enumerate(children):
-                    self._hits[rank] += int(child) in accepted
+            for node in own:
+                rank = children.get(parents[node])
+                if rank is None:
+                    continue
+                children[parents[node]] = rank + 1
+                if rank < len(self._tries):
+                    self._tries[rank] += 1
+                    self._hits[rank] += node in children

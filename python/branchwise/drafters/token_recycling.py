@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ class TokenRecycling:
     def shape(self, nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
         """The tree that the acceptance so far asks for, likeliest nodes first: parents, ranks among siblings, scores,
         and the nodes of each level."""
-        chances = self.ranks.rounded
+        # Rises are noise, and shapes without them are found at once.
+        chances = tuple(accumulate(self.ranks.rounded, min))
         return _ordered(chances, *best_shape(chances, nodes, self.depth))
 
     def table(self, eos: frozenset[int], vocabulary: int) -> np.ndarray:
