@@ -151,7 +151,9 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   const float scale = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e;
 
   f32v top = splat(-kInf), sum = {};
-  const int64_t size = small_tile(2 * D * static_cast<int64_t>(sizeof(T)));
+  // Few keys are in a cache already; what counts is how often the softmax waits for itself.
+  const bool few_keys = prefix + a.N <= 4 * kKeyTile;
+  const int64_t size = few_keys ? kKeyTile : small_tile(2 * D * static_cast<int64_t>(sizeof(T)));
   Tile<T> tiles[2];
   const WindowCut cut = cut_window(a, u, lowest, highest);
   int64_t slot = cut.first;

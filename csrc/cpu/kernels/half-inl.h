@@ -89,20 +89,27 @@ inline f32v load_wide(const T* p, int64_t n) {
   return load_wide(part);
 }
 
+// A copy of fixed size is one store, one of any size a loop over bytes.
+template <typename T, typename V>
+inline void copy_lanes(T* to, V v, int64_t n) {
+  if (n == kLanes)
+    __builtin_memcpy(to, &v, kLanes * sizeof(T));
+  else
+    __builtin_memcpy(to, &v, n * sizeof(T));
+}
+
 // The first n <= kLanes lanes, rounded to the type of the row.
-inline void store_narrow(float* to, f32v v, int64_t n) { __builtin_memcpy(to, &v, n * 4); }
+inline void store_narrow(float* to, f32v v, int64_t n) { copy_lanes(to, v, n); }
 inline void store_narrow(Bf16* to, f32v v, int64_t n) {
   u32v bits;
   __builtin_memcpy(&bits, &v, sizeof bits);
   const u32v rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const i32v nan = v != v;
-  const u16v half = __builtin_convertvector(nan ? u32v{} + 0x7fc0 : rounded, u16v);
-  __builtin_memcpy(to, &half, n * 2);
+  copy_lanes(to, __builtin_convertvector(nan ? u32v{} + 0x7fc0 : rounded, u16v), n);
 }
 inline void store_narrow(F16* to, f32v v, int64_t n) {
 #if defined(__AVX512F__)
-  const __m256i half = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0);
-  __builtin_memcpy(to, &half, n * 2);
+  copy_lanes(to, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0), n);
 #else
   for (int64_t l = 0; l < n; ++l) from_float(v[l], to + l);
 #endif

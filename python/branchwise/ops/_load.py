@@ -50,5 +50,8 @@ def set_cpu_isa(level: str) -> None:
 
 
 def refuse_grad(op: str, *tensors: torch.Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op} is for inference and has no gradient: call it under torch.no_grad()")
+    if not torch.is_grad_enabled():
+        return
+    for t in tensors:  # any() over a generator would take 0.2 us of a call of 7
+        if t is not None and t.requires_grad:
+            raise RuntimeError(f"{op} is for inference and has no gradient: call it under torch.no_grad()")
