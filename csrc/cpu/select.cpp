@@ -58,11 +58,13 @@ int32_t* take_best(const float* scores, int64_t begin, int64_t end, int64_t coun
     w.left = std::move(same);
     from = &w.left;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const bool tie = w.keys[i] == least && wanted > 0;
-    if (w.keys[i] <= least && !tie) continue;
+  // Which ones are taken cannot be foretold: no branch, but a place that the next one may write over.
+  for (int64_t i = 0, left = count; left > 0; ++i) {
+    const bool tie = w.keys[i] == least && wanted > 0, taken = w.keys[i] > least || tie;
+    *out = static_cast<int32_t>(begin + i);
     wanted -= tie;
-    *out++ = static_cast<int32_t>(begin + i);
+    out += taken;
+    left -= taken;
   }
   return out;
 }
