@@ -58,13 +58,11 @@ int32_t* take_best(const float* scores, int64_t begin, int64_t end, int64_t coun
     w.left = std::move(same);
     from = &w.left;
   }
-  // Which ones are taken cannot be foretold: no branch, but a place that the next one may write over.
-  for (int64_t i = 0, left = count; left > 0; ++i) {
-    const bool tie = w.keys[i] == least && wanted > 0, taken = w.keys[i] > least || tie;
-    *out = static_cast<int32_t>(begin + i);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool tie = w.keys[i] == least && wanted > 0;
+    if (w.keys[i] <= least && !tie) continue;
     wanted -= tie;
-    out += taken;
-    left -= taken;
+    *out++ = static_cast<int32_t>(begin + i);
   }
   return out;
 }
