@@ -10,8 +10,8 @@ its cache and rule); for dynamic decoders it is the static text, which they may 
 How to read: "x static" is static decoding's time over the decoder's, of the same rule and cache.
 
 Artefacts: the model is tiny, so a forward of a few tokens is mostly Python's time, and every further token costs
-arithmetic: on two CPU cores 5.4 ms for 8 tokens, 9.5 for 80, 13.8 for 128. Where a forward waits for weights to be
-read, ratios differ.
+arithmetic, in fp32 four times that of bf16 (docs/diffusion.md has the milliseconds). Where a forward waits for weights
+to be read, ratios differ.
 
 Reference results: bench/results/diffusion-*.json, and docs/diffusion.md.
 """
