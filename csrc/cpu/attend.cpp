@@ -42,6 +42,7 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
   std::vector<AttentionUnit> units;
   std::vector<int64_t> first_unit;            // of each block; the last entry ends the list
   std::vector<int64_t> block_of, partial_at;  // of each unit
+  // A short call would notice their growing step by step.
   units.reserve(64), first_unit.reserve(64), block_of.reserve(64), partial_at.reserve(64);
   int64_t floats = 0, slots_read = 0;
   const auto cut = [&](int64_t b, int64_t h, int64_t t, int64_t end_token, const Places& p,

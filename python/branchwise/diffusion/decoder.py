@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,21 +134,12 @@ class BlockDecoder(Decoder):
         ahead = self._ahead(block)
         if cache in ("prefix", "dual"):
             ahead = 0  # the next block begins with a forward of the whole text
-        pays = self.least_chance is None
-        return Layout(
-            spec,
-            self.rule,
-            cache,
-            block,
-            ahead,
-            self.draft_length,
-            self.table,
-            self.neighbours,
-            LEAST_CHANCE if self.least_chance is None else self.least_chance,
-            # Copies cost more than states of a tree, and are for comparison.
-            Pace(cost_model(model) if self.form == "tree" else CostModel()) if pays else None,
-            self.chain if pays else None,
-        )
+        layout = Layout(spec, self.rule, cache, block, ahead, self.draft_length, self.table, self.neighbours)
+        if self.least_chance is not None:
+            return replace(layout, least_chance=self.least_chance)
+        # Copies cost more than states of a tree, and are for comparison.
+        cost = cost_model(model) if self.form == "tree" else CostModel()
+        return replace(layout, least_chance=LEAST_CHANCE, pace=Pace(cost), chain=self.chain)
 
     def _ahead(self, block: int) -> int:
         return 0
