@@ -49,6 +49,17 @@ std::vector<float> lse_of_rows(ScoreArgs args, int64_t B, bool causal, const Row
   return lse;
 }
 
+// Moves the values with a sign bit, the last one of the element in every dtype, from to[0, D) to
+// to[D, 2 D).
+template <typename Bits>
+void split_signs(const Bits* from, int64_t D, Bits* to) {
+  for (int64_t d = 0; d < D; ++d) {
+    const bool negative = from[d] >> (8 * sizeof(Bits) - 1);
+    to[d] = negative ? 0 : from[d];
+    to[D + d] = negative ? from[d] : 0;
+  }
+}
+
 }  // namespace
 
 void page_summaries(Tensor key_cache, Tensor begin, Tensor end, Tensor summaries, int64_t page_size,
@@ -136,17 +147,16 @@ Tensor score_pages(Tensor query, Tensor summaries, Tensor num_pages, int64_t red
   std::vector<char> halves;
   if (width == 2 * D) {
     const int64_t bytes = bytes_of(args.type);
-    halves.assign(B * Hq * T * width * bytes, 0);
+    halves.resize(B * Hq * T * width * bytes);
     for (int64_t row = 0; row < B * Hq * T; ++row) {
       const int64_t b = row / (Hq * T), h = row / T % Hq, t = row % T;
       const char* from = static_cast<const char*>(query.const_data_ptr()) +
                          (b * query.stride(0) + h * query.stride(1) + t * query.stride(2)) * bytes;
       char* to = halves.data() + row * width * bytes;
-      for (int64_t d = 0; d < D; ++d) {
-        // The sign bit is the last one of the element in every dtype.
-        const bool negative = static_cast<signed char>(from[(d + 1) * bytes - 1]) < 0;
-        std::copy_n(from + d * bytes, bytes, to + (negative ? D + d : d) * bytes);
-      }
+      if (bytes == 2)
+        split_signs(reinterpret_cast<const uint16_t*>(from), D, reinterpret_cast<uint16_t*>(to));
+      else
+        split_signs(reinterpret_cast<const uint32_t*>(from), D, reinterpret_cast<uint32_t*>(to));
     }
     args.query = halves.data();
     args.q_stride[0] = Hq * T * width;

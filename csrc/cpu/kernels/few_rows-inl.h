@@ -13,18 +13,18 @@
 
 constexpr int kFewRows = kLanes / 2;
 
+constexpr int few_slots(int64_t rows) {
+  return rows == 1 ? kLanes : rows == 2 ? kLanes / 2 : rows <= 4 ? kLanes / 4 : kLanes / 8;
+}
 template <int R>
-constexpr int kSlots = R == 1   ? kLanes
-                       : R == 2 ? kLanes / 2
-                       : R <= 4 ? kLanes / 4
-                                : kLanes / 8;
+constexpr int kSlots = few_slots(R);
 
 // Beside every load the same place of the next tile is asked for: the memory's bandwidth is the
 // limit here, and the hardware looks neither past the arithmetic of a tile nor past a page.
 
 // Scores of S slots. The query is packed as [D / chunk][R] vectors.
 template <typename M, int R, typename T, typename P>
-inline f32v score_slots(const T* const* keys, P& ahead, const float* query, int64_t D) {
+[[gnu::always_inline]] inline f32v score_slots(const T* const* keys, P& ahead, const float* query, int64_t D) {
   constexpr int S = kSlots<R>, kChunk = kLanes * M::kPack;
   f32v acc[kLanes] = {};
   typename M::Vec key[S];
@@ -158,11 +158,11 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   const WindowCut cut = cut_window(a, u, lowest, highest);
   int64_t slot = cut.first;
   find_tile(a, u, slot, size, tiles);
-  if (slot < u.slot_end) prefetch_all(tiles[0], a.D);
   for (int at = 0; slot < u.slot_end; slot += size, at ^= 1) {
     const Tile<T>* tile = tiles + at;
     Tile<T>* next = tiles + (at ^ 1);
     find_tile(a, u, slot + size, size, next);
+    touch_ahead<T>(a, u, slot, size);
     Prefetcher<T> ahead(next->rows, 2 * size, D);
     const int64_t count = tile->count, groups = (count + S - 1) / S;
     for (int64_t g = 0; g < groups; ++g) {

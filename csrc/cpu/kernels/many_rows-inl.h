@@ -162,9 +162,9 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   const WindowCut cut = cut_window(a, u, lowest_low, highest_low);
   int64_t slot = cut.first;
   find_tile(a, u, slot, kKeyTile, tile);
-  if (slot < u.slot_end) prefetch_all(*tile, a.D);
   for (; slot < u.slot_end; slot += kKeyTile) {
     find_tile(a, u, slot + kKeyTile, kKeyTile, next);
+    touch_ahead<T>(a, u, slot, kKeyTile);
     lines.begin = tile->begin;
     lines.count = tile->count;
     make_key_lines(tile->keys(), tile->count, a.D, converted, &lines);

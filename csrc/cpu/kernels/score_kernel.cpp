@@ -26,7 +26,7 @@ struct TileScores {
 };
 
 // The rows behind the lanes of one column.
-struct LaneRows {
+struct [[gnu::may_alias]] LaneRows {
   f32v lse2, weight;  // lse in base 2; weight 0 in lanes without a row
   i32v last;          // the last key that the row sees
   i32v used;          // lanes with a row
@@ -89,6 +89,11 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
     return static_cast<const T*>(a.query) + u.batch * a.q_stride[0] +
            (u.kv_head * G + head) * a.q_stride[1] + t * a.q_stride[2];
   });
+  // In scratch, behind what lse_typed keeps there.
+  const int64_t padded = padded_rows(rows), slots = rows <= kFewRows ? few_slots(rows) : 1;
+  auto* of = reinterpret_cast<LaneRows*>(converted + kKeyTile * D + 2 * padded);
+  for (int64_t first = 0; first < rows; first += kLanes)
+    of[first / kLanes] = lane_rows(a, u, first, slots);
   Places all{};
   all.prefix = all.sink = INT32_MAX;
   const int64_t size =
@@ -112,7 +117,7 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
     TileScores found{scores, 0, 0, 0};
     if (rows <= kFewRows) {
       few_scores<T, M>(*tile, ahead, query, rows, D, &found);
-      f(found, 0, lane_rows(a, u, 0, found.slots_per_vector), 0, tile->begin, tile->count);
+      f(found, 0, of[0], 0, tile->begin, tile->count);
     } else {
       Lines<M> lines;
       lines.begin = tile->begin;
@@ -124,8 +129,7 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
                                     : many_scores<M, 1, Prefetcher<T>>;
         call(lines, ahead, query + first * D, D, &found);
         for (int v = 0; v < nv; ++v)
-          f(found, v, lane_rows(a, u, first + v * kLanes, 1), first + v * kLanes, tile->begin,
-            tile->count);
+          f(found, v, of[first / kLanes + v], first + v * kLanes, tile->begin, tile->count);
       });
     }
   }

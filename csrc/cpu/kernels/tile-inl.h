@@ -66,17 +66,19 @@ inline int64_t last_node(const AttentionArgs& a, const AttentionUnit& u) {
   return node_of(a, u.row_end - 1);
 }
 
-// The tile of `size` slots at `begin`, which ends where the unit ends. Behind the unit's last tile
-// come those of the following unit: not this unit's to compute, but likely this thread's next to
-// read.
+// Moves places behind a unit's last one to the following unit: not this unit's to compute, but
+// likely this thread's next to read. Returns the unit whose places they are now.
+inline const AttentionUnit* in_following(const AttentionUnit& u, int64_t& begin) {
+  if (begin < u.slot_end || u.following == nullptr) return &u;
+  begin += u.following->slot_begin - u.slot_end;
+  return u.following;
+}
+
+// The tile of `size` slots at `begin`, which ends where the unit ends.
 template <typename T>
 inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
                       int64_t size, Tile<T>* tile) {
-  const AttentionUnit* u = &unit;
-  if (begin >= u->slot_end && u->following != nullptr) {
-    begin += u->following->slot_begin - u->slot_end;
-    u = u->following;
-  }
+  const AttentionUnit* u = in_following(unit, begin);
   const int64_t left = begin < u->slot_end ? u->slot_end - begin : 0;
   tile->begin = begin;
   tile->count = left < size ? left : size;
@@ -93,16 +95,28 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
 template <typename T>
 inline void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 3);
+  // gcc takes a function that only prefetches for one without effect, and drops calls to it.
+  asm volatile("" : : "r"(p));
 }
 
-// Asks for all of a unit's first tile at once, which no tile before it has done.
+// Asks for the first line of each run of a tile to come, behind the one at `begin`. Its pages are
+// in the TLB then when its lines are asked for; else scattered ones wait for memory twice, one
+// after the other. Four tiles ahead, but for runs shorter than a tile, of which there are many,
+// one.
 template <typename T>
-inline void prefetch_all(const Tile<T>& tile, int64_t D) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  for (int64_t s = 0; s < tile.count; ++s)
-    for (int64_t d = 0; d < D; d += kLine) prefetch(tile.keys()[s] + d);
-  for (int64_t s = 0; s < tile.count; ++s)
-    for (int64_t d = 0; d < D; d += kLine) prefetch(tile.values()[s] + d);
+inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
+                        int64_t size) {
+  const Places& p = *unit.places;
+  begin += (p.listed > 0 && p.unit < size ? 1 : 4) * size;
+  const AttentionUnit* u = in_following(unit, begin);
+  const int64_t left = u->slot_end - begin;
+  for_each_run(*u->places, a.key_layout, begin, left < size ? left : size,
+               [&](int64_t, int64_t slot, int64_t) {
+                 prefetch(static_cast<const T*>(a.key_cache) +
+                          a.key_layout.offset(u->batch, u->kv_head, slot));
+                 prefetch(static_cast<const T*>(a.value_cache) +
+                          a.value_layout.offset(u->batch, u->kv_head, slot));
+               });
 }
 
 // Asks for rows line by line, one line per step: evenly spread over the arithmetic of a tile

@@ -141,7 +141,7 @@ inline void transpose(f32v* v) {
 
 // Lane l of the result is the sum, or the largest, of all lanes of v[l]; destroys v.
 template <bool Max, int H = 1>
-inline f32v folds(f32v* v) {
+[[gnu::always_inline]] inline f32v folds(f32v* v) {
   if constexpr (H == kLanes) {
     return v[0];
   } else {
