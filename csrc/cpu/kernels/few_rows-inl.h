@@ -24,7 +24,8 @@ constexpr int kSlots = few_slots(R);
 
 // Scores of S slots. The query is packed as [D / chunk][R] vectors.
 template <typename M, int R, typename T, typename P>
-[[gnu::always_inline]] inline f32v score_slots(const T* const* keys, P& ahead, const float* query, int64_t D) {
+[[gnu::always_inline]] inline f32v score_slots(const T* const* keys, P& ahead, const float* query,
+                                               int64_t D) {
   constexpr int S = kSlots<R>, kChunk = kLanes * M::kPack;
   f32v acc[kLanes] = {};
   typename M::Vec key[S];
