@@ -2,11 +2,12 @@
 transformers' prompt lookup and early exit, and the peers economize and flashspec where `make bench-peers` put them.
 
 Method: for every batch of prompts (bench/prompts.py) all contestants decode greedily, one after another in random
-order, in one process and with one model; that is repeated --repeats times and medians are taken per batch. Every run
-begins with a new drafter, an empty store (cold). Batches of 4 hold the four prompts of a kind; batches of 16 hold each
-of them four times, with different system messages. "extra" contestants, which are slow here, run on the first batch of
-a kind only. Seconds include the prompt's forward; "decode" counts from the first token on. With --task-tags, "auto"
-keeps what it learned of a kind from batch to batch, as a server would.
+order, in one process and with one model; that is repeated --repeats times. Ratios are those within a repeat, medians of
+them are taken: memory may be fast in one repeat and slow in the next. Every run begins with a new drafter, an empty
+store (cold). Batches of 4 hold the four prompts of a kind; batches of 16 hold each of them four times, with different
+system messages. "extra" contestants, which are slow here, run on the first batch of a kind only. Seconds include the
+prompt's forward; "decode" counts from the first token on. With --task-tags, "auto" keeps what it learned of a kind from
+batch to batch, as a server would.
 
 How to read: "x plain" is the ratio of tokens per second, decode; "t/fwd" the tokens that a row gains per forward;
 "draft" the share of time spent drafting; "same" whether texts equal plain generate's (in bf16 near-ties part them).
@@ -25,7 +26,7 @@ import importlib.util
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -201,8 +202,8 @@ def measure(runs: dict[str, Run], inputs, new_tokens: int, repeats: int, ends: s
         # Who does not tell when the first token came is given plain generate's time for it.
         results[name] = {
             "tokens": count,
-            "total": median(s["end"] - s["begun"] for s in taken),
-            "decode": median(s["end"] - (s["first"] or s["begun"] + prompt) for s in taken),
+            "total": [s["end"] - s["begun"] for s in taken],
+            "decode": [s["end"] - (s["first"] or s["begun"] + prompt) for s in taken],
             "same": last["rows"] == samples["plain"][-1]["rows"],
             "tokens_per_forward": stats.tokens_per_forward if stats else None,
             "draft_share": stats.seconds_draft / (last["end"] - last["first"]) if stats else None,
@@ -210,15 +211,22 @@ def measure(runs: dict[str, Run], inputs, new_tokens: int, repeats: int, ends: s
     return results
 
 
+def pace(results: Sequence[dict[str, Any]], key: str, repeat: int) -> float:
+    """Seconds per token of some batches in one repeat."""
+    return sum(result[key][repeat] for result in results) / sum(result["tokens"] for result in results)
+
+
 def table(kind: str, results: list[dict[str, Any]], facts_of_run: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name in results[0]:
         taken = [(r[name], r["plain"]) for r in results if name in r]
-        speed = {}
-        for key in ("decode", "total"):
-            # Seconds per token of both on the same batches.
-            mine, base = (sum(side[key] for side in sides) for sides in zip(*taken, strict=True))
-            speed[key] = (base / sum(p["tokens"] for _, p in taken)) / (mine / sum(m["tokens"] for m, _ in taken))
+        mine, base = zip(*taken, strict=True)
+        repeats = range(min(len(side["decode"]) for side in (*mine, *base)))
+        # Seconds per token of both on the same batches, repeat by repeat.
+        speed = {
+            key: median(pace(base, key, repeat) / pace(mine, key, repeat) for repeat in repeats)
+            for key in ("decode", "total")
+        }
         per_forward = [m["tokens_per_forward"] for m, _ in taken if m["tokens_per_forward"]]
         shares = [m["draft_share"] for m, _ in taken if m["draft_share"] is not None]
         rows.append(
@@ -229,7 +237,7 @@ def table(kind: str, results: list[dict[str, Any]], facts_of_run: dict[str, Any]
                 "batches": len(taken),
                 "x_plain_decode": round(speed["decode"], 3),
                 "x_plain_total": round(speed["total"], 3),
-                "tokens_per_s": round(sum(m["tokens"] for m, _ in taken) / sum(m["total"] for m, _ in taken), 1),
+                "tokens_per_s": round(1 / median(pace(mine, "total", repeat) for repeat in repeats), 1),
                 "tokens_per_forward": round(sum(per_forward) / len(per_forward), 2) if per_forward else None,
                 "draft_share": round(sum(shares) / len(shares), 3) if shares else None,
                 "same": f"{sum(m['same'] for m, _ in taken)}/{len(taken)}",
