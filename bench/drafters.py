@@ -194,14 +194,13 @@ def measure(runs: dict[str, Run], inputs, new_tokens: int, repeats: int, ends: s
     prompt = median(s["first"] - s["begun"] for s in samples["plain"])
     results = {}
     for name, taken in samples.items():
-        if not taken:
-            continue
+        if len(taken) < repeats:
+            continue  # a peer that failed has no time to compare in that repeat
         last = taken[-1]
-        count = sum(map(len, last["rows"]))
         stats = last["stats"]
         # Who does not tell when the first token came is given plain generate's time for it.
         results[name] = {
-            "tokens": count,
+            "tokens": [sum(map(len, s["rows"])) for s in taken],  # near-ties may end a text elsewhere
             "total": [s["end"] - s["begun"] for s in taken],
             "decode": [s["end"] - (s["first"] or s["begun"] + prompt) for s in taken],
             "same": last["rows"] == samples["plain"][-1]["rows"],
@@ -213,7 +212,7 @@ def measure(runs: dict[str, Run], inputs, new_tokens: int, repeats: int, ends: s
 
 def pace(results: Sequence[dict[str, Any]], key: str, repeat: int) -> float:
     """Seconds per token of some batches in one repeat."""
-    return sum(result[key][repeat] for result in results) / sum(result["tokens"] for result in results)
+    return sum(result[key][repeat] for result in results) / sum(result["tokens"][repeat] for result in results)
 
 
 def table(kind: str, results: list[dict[str, Any]], facts_of_run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -221,7 +220,7 @@ def table(kind: str, results: list[dict[str, Any]], facts_of_run: dict[str, Any]
     for name in results[0]:
         taken = [(r[name], r["plain"]) for r in results if name in r]
         mine, base = zip(*taken, strict=True)
-        repeats = range(min(len(side["decode"]) for side in (*mine, *base)))
+        repeats = range(len(mine[0]["decode"]))
         # Seconds per token of both on the same batches, repeat by repeat.
         speed = {
             key: median(pace(base, key, repeat) / pace(mine, key, repeat) for repeat in repeats)

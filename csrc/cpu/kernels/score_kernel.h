@@ -35,7 +35,8 @@ struct ScoreUnit {
 };
 constexpr int64_t kSeesAll = INT64_MAX / 2;
 
-// Floats that a unit of so many rows needs.
+// Floats that a unit of so many rows needs: packed queries, scores and converted keys of a tile,
+// and per row two of a log-sum-exp and four of what a lane knows of its row.
 inline int64_t score_scratch(int64_t rows, int64_t D) {
   return query_floats(rows, D) + kKeyTile * 3 * kRowPad + kKeyTile * D + 6 * padded_rows(rows);
 }

@@ -99,10 +99,10 @@ inline void prefetch(const T* p) {
   asm volatile("" : : "r"(p));
 }
 
-// Asks for the first line of each run of a tile to come, behind the one at `begin`. Its pages are
-// in the TLB then when its lines are asked for; else scattered ones wait for memory twice, one
-// after the other. Four tiles ahead, but for runs shorter than a tile, of which there are many,
-// one.
+// Asks for the first line of each run of a tile to come, behind the one at `begin`. Presumably its
+// pages are in the TLB then when its lines are asked for; else scattered ones wait for memory
+// twice, one after the other. Four tiles ahead is best, but for listed units shorter than a tile,
+// of which there are many, one (measured).
 template <typename T>
 inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
                         int64_t size) {
