@@ -89,7 +89,7 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
     return static_cast<const T*>(a.query) + u.batch * a.q_stride[0] +
            (u.kv_head * G + head) * a.q_stride[1] + t * a.q_stride[2];
   });
-  // In scratch, behind what lse_typed keeps there.
+  // In scratch, behind the maxima and sums that lse_typed keeps there.
   const int64_t padded = padded_rows(rows), slots = rows <= kFewRows ? few_slots(rows) : 1;
   auto* of = reinterpret_cast<LaneRows*>(converted + kKeyTile * D + 2 * padded);
   for (int64_t first = 0; first < rows; first += kLanes)
@@ -216,10 +216,9 @@ void lse_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
   const Logits logits(a);
   const int64_t rows = static_cast<int64_t>(u.tokens) * u.heads, padded = padded_rows(rows);
   // Maxima and sums per lane: of a row with many rows, of a part of one with few.
-  const int64_t lanes = padded < kLanes ? kLanes : padded;
   float* top = scratch + query_floats(rows, a.D) + kKeyTile * 3 * kRowPad + kKeyTile * a.D;
-  float* sum = top + lanes;
-  for (int64_t i = 0; i < lanes; ++i) top[i] = -kInf, sum[i] = 0.f;
+  float* sum = top + padded;
+  for (int64_t i = 0; i < padded; ++i) top[i] = -kInf, sum[i] = 0.f;
   int64_t slots = 1;
   const i32v lane = lane_numbers();
   for_each_column<T, M>(
