@@ -116,7 +116,7 @@ def test_a_drafter_that_begins_to_pay_is_noticed():
         if record.wanted():
             rounds.append(time)
             record.spend(0.1)
-            record.learn(1.0 if time < 500 else 1.5, 1.0, 1.0)
+            record.learn(1, 1.0 if time < 500 else 1.5, 1.0, 1.0)
     assert len([t for t in rounds if 100 <= t < 500]) < 10
     first = next(t for t in rounds if t >= 500)
     assert first < 500 + 256 and rounds[-1] == 1999 and len([t for t in rounds if t >= first]) > 2000 - first - 2
@@ -189,6 +189,8 @@ def test_a_profile_brings_back_what_was_learned(tmp_path):
     again.begin(DraftRequest([np.int32([1, 2])], target=model))
     assert again.records == first.records
     assert np.array_equal(again.calibration.tries, first.calibration.tries) and again.calibration.tries.sum() > 0
+    mine, theirs = (auto.drafters[list(auto.records).index("TokenRecycling")].ranks for auto in (again, first))
+    assert mine.state() == theirs.state() and sum(mine.state()["tries"]) > 0
     other = Auto(profile=path, task="digits")
     other.begin(DraftRequest([np.int32([1, 2])], target=model))
     assert other.calibration.tries.sum() == 0  # another task, and nothing is known for all

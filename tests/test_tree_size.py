@@ -50,6 +50,35 @@ def test_stalls_do_not_matter():
     assert fresh.seconds(np.array([4]))[0] <= 0.05
 
 
+def test_a_machine_that_slows_down_changes_no_ratio():
+    """A neighbour comes and goes: each size is measured at one speed only, and all are known relative to each other."""
+    cost, sizes = CostModel(), np.array([16, 48, 96])
+    time = {16: 1.0, 48: 1.5, 96: 2.5}
+    for size in (16, 48, 96):
+        for _ in range(12):
+            cost.observe(size, time[size])
+    for size in (16, 96):
+        for _ in range(12):
+            cost.observe(size, 1.6 * time[size])
+    seconds = cost.seconds(sizes)
+    assert np.allclose(seconds / seconds[0], [1, 1.5, 2.5], rtol=1e-6)
+    assert np.allclose(seconds, 1.6 * np.array([1, 1.5, 2.5]), rtol=1e-6), "those of the speed of the last forwards"
+    restored = CostModel()
+    restored.restore(cost.state())
+    assert np.allclose(restored.seconds(sizes) / restored.seconds(sizes)[0], [1, 1.5, 2.5], rtol=1e-6)
+
+
+def test_sizes_beyond_the_largest_cost_what_the_measured_ones_say():
+    cost = CostModel()
+    for size in (16, 32):
+        cost.observe(size, 1 + 0.015 * size)
+    assert np.isclose(cost.seconds(np.array([128]))[0], 1 + 0.015 * 128)
+    for size in (16, 32):
+        for _ in range(9):
+            cost.observe(size, 1.0)
+    assert cost.seconds(np.array([128]))[0] > 1.5, "two equal measurements do not make nodes free"
+
+
 def test_sizes_are_known_for_a_while():
     cost = CostModel()
     cost.observe(24, 1.0), cost.observe(20, 1.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -76,6 +77,12 @@ class RowTree:
             np.concatenate([[1.0], scores]).astype(np.float32),
         )
 
+    @classmethod
+    def alike(cls, tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> list[RowTree]:
+        """Trees of one shape, for i32[B, n] tokens."""
+        one = cls(tokens[0], parents, scores, ids=ids)
+        return [one._with({"tokens": row}) for row in tokens]
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -100,12 +107,11 @@ class RowTree:
 
     def only(self, keep: np.ndarray) -> RowTree:
         """Without the nodes where bool[n] ``keep`` is False; a node's parent must be kept with it."""
-        index = np.cumsum(keep) - 1
-        parents = np.where(self.parents[keep] >= 0, index[self.parents[keep]], -1).astype(np.int32)
-        draft_index = None if self.draft_index is None else self.draft_index[keep]
-        ids = None if self.ids is None else self.ids[keep]
-        fixed = int(keep[: self.fixed].sum())
-        return RowTree(self.tokens[keep], parents, self.scores[keep], self.draft, draft_index, ids, fixed)
+        parents = (np.cumsum(keep, dtype=np.int32) - 1)[self.parents[keep]]
+        parents[0] = -1
+        parts = {name: getattr(self, name) for name in ("tokens", "scores", "draft_index", "ids")}
+        kept = {name: None if value is None else value[keep] for name, value in parts.items()}
+        return self._with(kept | {"parents": parents, "fixed": int(keep[: self.fixed].sum())})
 
     def up_to_depth(self, limit: int) -> RowTree:
         """Without the nodes more than ``limit`` levels below the root."""
@@ -161,17 +167,32 @@ class TokenTree:
         width: int = 1,
     ) -> None:
         """``width``: the least number of nodes to pad to."""
-        self.rows, self.draws = list(rows), draws
-        B, T = len(self.rows), max(width, *(len(row) for row in self.rows))
-        tokens, parents = np.empty((B, T), np.int64), np.full((B, T), -1, np.int32)
-        for b, row in enumerate(self.rows):
-            tokens[b, : len(row)], tokens[b, len(row) :] = row.tokens, row.tokens[0]
-            parents[b, : len(row)] = row.parents
+        self._rows: list[RowTree] | Callable[[], list[RowTree]] = list(rows)
+        self.draws = draws
+        lengths = np.array([len(row) for row in rows])
+        B, T = len(rows), max(width, int(lengths.max()))
+        real = np.arange(T) < lengths[:, None]
+        all_tokens = np.concatenate([row.tokens for row in rows])
+        tokens = np.repeat(all_tokens[np.cumsum(lengths) - lengths].astype(np.int64), T).reshape(B, T)
+        parents = np.full((B, T), -1, np.int32)
+        tokens[real], parents[real] = all_tokens, np.concatenate([row.parents for row in rows])
         self.tokens, self.parents = torch.from_numpy(tokens), torch.from_numpy(parents)
         self.tree_mask, self.positions, self.next_token, self.next_sibling = ops.build_tree(self.parents, seq_lens)
-        chain = np.arange(-1, T - 1)
-        self.is_chain = all(np.array_equal(row.parents, chain[: len(row)]) for row in self.rows)
+        self.is_chain = bool(((parents == np.arange(-1, T - 1)) | ~real).all())
         self.draft, self.draft_index = self._drafts()
+
+    @property
+    def rows(self) -> list[RowTree]:
+        if callable(self._rows):
+            self._rows = self._rows()
+        return self._rows
+
+    def named(self, ids: Callable[[], Iterable[np.ndarray]]) -> TokenTree:
+        """With other ``ids`` in every row, see :meth:`RowTree.named`; asked for when rows are read, which many drafters
+        never do."""
+        other = copy.copy(self)
+        other._rows = lambda: [row.named(own) for row, own in zip(self.rows, ids(), strict=True)]
+        return other
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -189,6 +210,8 @@ class TokenTree:
         )
 
     def _drafts(self) -> tuple[Tensor | None, Tensor | None]:
+        if all(row.draft is None for row in self.rows):
+            return None, None
         tables: list[Tensor] = []
         first_row: dict[int, int] = {}  # of a table; rows that share one do not copy it
         index = np.full(self.shape, -1, np.int32)
@@ -199,6 +222,4 @@ class TokenTree:
                 first_row[id(row.draft)] = sum(len(table) for table in tables)
                 tables.append(row.draft)
             index[b, : len(row)] = np.where(row.draft_index >= 0, row.draft_index + first_row[id(row.draft)], -1)
-        if not tables:
-            return None, None
         return tables[0] if len(tables) == 1 else torch.cat(tables), torch.from_numpy(index)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Suffix, TokenRecycling, Verified, make_drafter
+from ..drafters import Drafter, DraftRequest, DraftSession, Hybrid, Suffix, TokenRecycling, Trie, Verified, make_drafter
 from ..drafters.hybrid import as_seen_by, foreign, merge
+from ..drafters.ranks import RankChances
 from ..tree import FOREIGN, DrawKind, RowTree
 from .profile import Profile
 from .tree_size import Calibration, CostModel, Record, best_size, cost_model
@@ -36,7 +37,7 @@ class Auto:
     asked in every fourth only. Choices depend on past rounds only, so they bias nothing.
 
     Args:
-        drafters: deterministic ones that leave the target alone; by default suffix and token recycling. Add
+        drafters: deterministic ones that leave the target alone; by default suffix, trie and token recycling. Add
             ``Model(draft_model)`` if you have one.
         profile: a file that :meth:`save` or ``branchwise tune`` wrote, to start from what was learned for this model
             and task on this machine; a file that does not exist is no error.
@@ -49,7 +50,7 @@ class Auto:
     draws = DrawKind.DETERMINISTIC
 
     def __init__(self, *drafters: Drafter, profile: str | os.PathLike[str] | None = None, task: str = "") -> None:
-        merged = Hybrid(*(drafters or (Suffix(), TokenRecycling())))
+        merged = Hybrid(*(drafters or (Suffix(), Trie(), TokenRecycling())))
         self.drafters, self.needs = merged.drafters, merged.needs
         self.records = {name: Record() for name in unique_names(self.drafters)}
         self.calibration = Calibration()
@@ -71,6 +72,7 @@ class Auto:
             learned = {
                 "calibration": self.calibration.state(),
                 "records": {name: asdict(record) for name, record in self.records.items()},
+                "ranks": {name: ranks.state() for name, ranks in self._ranks().items()},
                 "cost": cost_model(model).state(),
             }
         Profile(path).put(model, self.task, learned)
@@ -82,7 +84,16 @@ class Auto:
                 if name in self.records:  # this one may have other drafters
                     for key, value in record.items():
                         setattr(self.records[name], key, value)
+            ranks = self._ranks()
+            for name, saved in learned.get("ranks", {}).items():
+                if name in ranks:
+                    ranks[name].restore(saved)
             cost.restore(learned["cost"])
+
+    def _ranks(self) -> dict[str, RankChances]:
+        """What drafters themselves learned of their trees."""
+        found = {name: getattr(d, "ranks", None) for name, d in zip(self.records, self.drafters, strict=True)}
+        return {name: ranks for name, ranks in found.items() if isinstance(ranks, RankChances)}
 
 
 class AutoSession:
@@ -119,8 +130,10 @@ class AutoSession:
         merged, self._names = _merge(self._proposals, budgets)
         size, rate = self._size(merged)
         plain = float(self._cost.seconds(np.array([len(budgets)]))[0])
-        self._quiet = 0 if rate * plain > _WORTH * len(budgets) else self._quiet + 1
         self._weigh(budgets, size, rate)
+        pays = rate * plain > _WORTH * len(budgets)
+        self._quiet = 0 if pays else self._quiet + 1
+        size = size if pays else 1
         # Where few nodes pay, many are not worth proposing; where all do, there may be more.
         self._budget = max(_LEAST_BUDGET, _LEAST_NODES // len(budgets), 2 * size)
         return [tree.first(size) for tree in merged]
@@ -137,21 +150,21 @@ class AutoSession:
             if not record.is_free(forward):
                 if record.seconds < _CHEAP * forward and record.asked % _WEIGH_EVERY:
                     with self._lock:
-                        record.skip()
+                        record.skip(len(budgets))
                     continue
                 others = self._proposals[:i] + self._proposals[i + 1 :]
                 without = self._size(_merge(others, budgets)[0])[1] if others else len(budgets) / single
             with self._lock:
-                record.learn(rate, without, forward)
+                record.learn(len(budgets), rate, without, forward)
 
     def observe(self, verified: Verified) -> None:
         self._last = [tokens[-1] if tokens else last for tokens, last in zip(verified.emitted, self._last, strict=True)]
         for d, session in enumerate(self._sessions):
-            if not self._names:  # nothing was proposed
-                session.observe(verified)
-            elif d not in self._asked:
+            if d not in self._asked:
                 # Reading logits and hidden states is what may cost.
-                session.observe(foreign(replace(verified, logits=None, hidden_states=None)))
+                trusted = self._records[d].trusted()
+                seen = verified if trusted else replace(verified, logits=None, hidden_states=None)
+                session.observe(foreign(seen) if self._names else seen)
             else:
                 begun = time.perf_counter()
                 session.observe(as_seen_by(self._asked.index(d), verified, self._names))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..tree import DrawKind, RowTree
 
 
@@ -25,12 +27,13 @@ def check_proposals(
     """
     if len(trees) != len(budgets):
         raise ValueError(f"the drafter must propose one tree per row, {len(budgets)}, got {len(trees)}")
+    tokens = np.concatenate([tree.tokens for tree in trees])
+    low, high = tokens.min(), tokens.max()
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"the drafter's tokens must lie between 0 and {vocabulary - 1}, got {low} to {high}")
     for tree, budget, root in zip(trees, budgets, roots, strict=True):
         if tree.tokens[0] != root:
             raise ValueError(f"the drafter's root must be the row's last token {root}, got {tree.tokens[0]}")
-        low, high = tree.tokens.min(), tree.tokens.max()
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"the drafter's tokens must lie between 0 and {vocabulary - 1}, got {low} to {high}")
         if tree.fixed > budget:
             raise ValueError(f"a drafter must keep its fixed nodes within its budget of {budget}, got {tree.fixed}")
         if draws is DrawKind.DETERMINISTIC:

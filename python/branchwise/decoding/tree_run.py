@@ -213,9 +213,9 @@ class TreeRun:
         done = time.perf_counter()
         self.stats.forwards += 1
         self.stats.row_forwards += len(self.rows) - sum(self.finished)
-        self.cost.observe(tree.tokens.numel(), done - drafted)
         accepted, verified = self.accept(tree, outcome)
         verdict = time.perf_counter()
+        self.cost.observe(tree.tokens.numel(), verdict - drafted)
         session.observe(verified)
         observed = time.perf_counter()
         if self.sizer is not None:

@@ -19,10 +19,11 @@ _FORGET = 0.98  # per round: acceptance drifts with the text
 _SAMPLES = 9  # kept per size class, for a median that survives stalls of the machine
 _ENOUGH = 3  # of them, for a size to count as known
 _LOOK = 16  # forwards
+_PACES = 5  # forwards that say how fast the machine is now
 _STALE = 400  # forwards after which a sample no longer counts
 _PRIOR_TRIES = 4.0
 _FREE = 0.01  # of a forward: a drafter that costs less is always asked, since texts change
-_TRIAL, _TRIAL_COST = 32, 3.0  # rounds, or forwards' worth of drafting, before a drafter may be left alone
+_TRIAL, _TRIAL_COST = 64, 3.0  # proposals, or forwards' worth of drafting, before a drafter may be left alone
 _FIRST_WAIT, _LAST_WAIT = 4, 256  # rounds until a drafter that did not pay is tried again, doubling
 _RECENT, _RECENT_GAIN = 0.9, 0.8  # weight of the past in running means
 _PRIOR_SLOPE = 0.04  # cost of one more token relative to the smallest forward, where nothing was measured
@@ -40,20 +41,29 @@ class CostModel:
     """Seconds of a target forward by its number of tokens, measured while decoding.
 
     Medians of recent forwards per size class (1, 2, 3-4, 5-8, ...), linear in between: the step from one token to a
-    few is often much larger than the next ones, so one line would not do.
+    few is often much larger than the next ones, so one line would not do. A machine's speed changes as its neighbours
+    and clocks do, for all sizes at once: samples are kept relative to what is usual now, or a size measured in a slow
+    minute would look dear beside one measured in a fast one.
     """
 
     def __init__(self) -> None:
         self._classes: dict[int, deque[tuple[int, int, float]]] = {}
         self._points: dict[int, tuple[float, float]] = {}  # of a class, its mean size and median seconds
         self._clock = 0
+        self._paces: deque[float] = deque(
+            maxlen=_PACES
+        )  # of the last forwards, relative to what their size took before
+        self._pace = 1.0  # median of them
         self._curve: tuple[list[float], np.ndarray] | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
         self._clock += 1
         self._curve = None
         size = (tokens - 1).bit_length()
-        self._classes.setdefault(size, deque(maxlen=_SAMPLES)).append((self._clock, tokens, seconds))
+        if size in self._points:
+            self._paces.append(seconds / float(self._relative(np.array([tokens]))[0]))
+            self._pace = median(self._paces)
+        self._classes.setdefault(size, deque(maxlen=_SAMPLES)).append((self._clock, tokens, seconds / self._pace))
         # Samples of other classes only grow old: it is enough to look now and then.
         for each in [size] if self._clock % _LOOK else sorted(self._classes):
             self._summarise(each)
@@ -65,12 +75,18 @@ class CostModel:
 
     def seconds(self, tokens: np.ndarray) -> np.ndarray:
         """Estimated seconds; in units of the smallest forward if nothing was measured yet."""
+        return self._pace * self._relative(tokens)
+
+    def _relative(self, tokens: np.ndarray) -> np.ndarray:
         sizes, curve = self._measured()
         if not sizes:
             return 1.0 + _PRIOR_SLOPE * (tokens - 1)
-        slope = _PRIOR_SLOPE * curve[0]
+        slope = rise = _PRIOR_SLOPE * curve[0]
+        if len(sizes) > 1:
+            # Larger trees than any so far are only tried if they promise something.
+            rise = min(slope, max(slope / 4, (curve[-1] - curve[0]) / (sizes[-1] - sizes[0])))
         below, above = np.minimum(tokens - sizes[0], 0.0), np.maximum(tokens - sizes[-1], 0.0)
-        return np.maximum(np.interp(tokens, sizes, curve) + slope * (below + above), 0.3 * curve[0])
+        return np.maximum(np.interp(tokens, sizes, curve) + slope * below + rise * above, 0.3 * curve[0])
 
     def _measured(self) -> tuple[list[float], np.ndarray]:
         """Mean size and median seconds of each class; asked several times between two forwards."""
@@ -89,7 +105,7 @@ class CostModel:
 
     def state(self) -> list[tuple[int, float]]:
         """The samples, for :meth:`restore`."""
-        return [(n, t) for _, samples in sorted(self._classes.items()) for _, n, t in samples]
+        return [(n, t * self._pace) for _, samples in sorted(self._classes.items()) for _, n, t in samples]
 
     def restore(self, samples: Sequence[tuple[int, float]]) -> None:
         """Adds samples of an earlier process where this one has none."""
@@ -142,6 +158,7 @@ class Record:
         wait: rounds until it is tried again if it does not pay.
         idle: rounds since it was asked.
         asked: rounds in which it was.
+        proposals: trees it was asked for, one per row.
         drafted, accepted: its nodes.
     """
 
@@ -151,16 +168,22 @@ class Record:
     wait: int = _FIRST_WAIT
     idle: int = 0
     asked: int = 0
+    proposals: int = 0
     drafted: int = 0
     accepted: int = 0
 
     def wanted(self) -> bool:
         """Whether to ask it in this round."""
-        return self._on_trial() or self.gain >= 0 or self.idle >= self.wait
+        return self.trusted() or self.idle >= self.wait
+
+    def trusted(self) -> bool:
+        """Nothing says yet that it does not pay."""
+        return self._on_trial() or self.gain >= 0
 
     def _on_trial(self) -> bool:
-        # Some need to see text before they are of use; others are too dear to wait for that.
-        return self.asked < _TRIAL and self.invested < _TRIAL_COST
+        # Some need to see text before they are of use, and a large batch shows much of it in a round; others are too
+        # dear to wait for that.
+        return self.proposals < _TRIAL and self.invested < _TRIAL_COST
 
     def is_free(self, forward: float) -> bool:
         """Its cost does not matter beside a forward of so many seconds."""
@@ -170,10 +193,11 @@ class Record:
         """It took so long in this round."""
         self.seconds = seconds if self.asked < 2 else _RECENT * self.seconds + (1 - _RECENT) * seconds
 
-    def learn(self, rate: float, without: float, seconds: float) -> None:
+    def learn(self, rows: int, rate: float, without: float, seconds: float) -> None:
         """It was asked.
 
         Args:
+            rows: for which it proposed.
             rate, without: expected tokens per second of the forward with what it proposed, and without.
             seconds: of that forward.
         """
@@ -190,11 +214,12 @@ class Record:
             self.wait = _FIRST_WAIT
         elif probe:
             self.wait = min(2 * self.wait, _LAST_WAIT)
-        self.skip()
+        self.skip(rows)
 
-    def skip(self) -> None:
+    def skip(self, rows: int) -> None:
         """It was asked, and what it brought was not looked at."""
         self.asked += 1
+        self.proposals += rows
         self.idle = 0
 
 
@@ -220,7 +245,7 @@ class TreeSizer:
         size, rate = best_size(self.calibration, trees, self.cost)
         if self._asked:
             forward, single = self.cost.seconds(len(trees) * np.array([size, 1]))
-            self.record.learn(rate, len(trees) / single, forward)
+            self.record.learn(len(trees), rate, len(trees) / single, forward)
         return [tree.first(size) for tree in trees]
 
     def spend(self, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -68,9 +69,14 @@ class Verified:
 
     def path(self, row: int) -> list[int]:
         """Ids of the nodes of a row that were kept, root first; of a finished row, none."""
+        return self.paths[row]
+
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """:meth:`path` of every row."""
         if self.nodes is None or self.count is None:
-            return [0]
-        return self.nodes[row, : int(self.count[row])].tolist()
+            return [[0] for _ in self.emitted]
+        return [nodes[:n] for nodes, n in zip(self.nodes.tolist(), self.count.tolist(), strict=True)]
 
 
 class Drafter(Protocol):

@@ -188,8 +188,7 @@ class EarlyExitSession:
         emitted = sum(map(len, verified.emitted))
         self._options.choice.record(len(self._last), self._exit, emitted, time.perf_counter() - self._begun)
         if verified.tree is not None:
-            for b, tree in enumerate(verified.tree.rows):
-                self._options.ranks[self._exit].observe(tree, verified.path(b))
+            self._options.ranks[self._exit].observe(verified.tree.rows, verified.paths)
 
     def keep(self, rows: Sequence[int]) -> None:
         self._last = self._last[list(rows)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -85,18 +84,18 @@ def as_seen_by(d: int, verified: Verified, names: Sequence[np.ndarray]) -> Verif
     """``verified`` with the d-th drafter's own names for the nodes; ``names``: per row, see :func:`merge`."""
     if verified.tree is None or not names:
         return verified
-    tree = copy.copy(verified.tree)
-    tree.rows = [row.named(own[d, row.ids]) for row, own in zip(verified.tree.rows, names, strict=True)]
-    return replace(verified, tree=tree)
+    tree = verified.tree
+    return replace(
+        verified, tree=tree.named(lambda: [own[d, row.ids] for row, own in zip(tree.rows, names, strict=True)])
+    )
 
 
 def foreign(verified: Verified) -> Verified:
     """``verified`` as a drafter sees it whose trees were not used."""
     if verified.tree is None:
         return verified
-    tree = copy.copy(verified.tree)
-    tree.rows = [row.named(np.full(len(row), FOREIGN, np.int32)) for row in verified.tree.rows]
-    return replace(verified, tree=tree)
+    tree = verified.tree
+    return replace(verified, tree=tree.named(lambda: [np.full(len(row), FOREIGN, np.int32) for row in tree.rows]))
 
 
 def merge(trees: Sequence[RowTree], budget: int) -> tuple[RowTree, np.ndarray]:

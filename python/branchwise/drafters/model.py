@@ -190,8 +190,7 @@ class ModelSession:
                 known[b] = max(0, min(len(path), len(verified.emitted[b]) - 1))
                 slots[b, : known[b]] = path[: known[b]]
             self._draft.store.commit(torch.from_numpy(slots), torch.from_numpy(known))
-            for tree, path in zip(verified.tree.rows, map(verified.path, range(B)), strict=True):
-                self._options.ranks.observe(tree, path)
+            self._options.ranks.observe(verified.tree.rows, verified.paths)
         for b, tokens in enumerate(verified.emitted):
             new = torch.tensor(list(tokens[known[b] :]), dtype=torch.int64)
             self._unseen[b] = torch.cat([self._unseen[b], new])

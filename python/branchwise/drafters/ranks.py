@@ -43,26 +43,42 @@ class RankChances:
                 self._rounded = np.clip(np.round(chances / _STEP), 0.2, 1 / _STEP - 0.2) * _STEP
             return tuple(self._rounded.tolist())
 
+    def state(self) -> dict[str, list[float]]:
+        """For :meth:`restore`."""
+        with self._lock:
+            return {"hits": self._hits.tolist(), "tries": self._tries.tolist()}
+
+    def restore(self, state: dict[str, list[float]]) -> None:
+        """Goes on from what was learned before; of more ranks than there are now, the first."""
+        with self._lock:
+            for mine, saved in ((self._hits, state["hits"]), (self._tries, state["tries"])):
+                n = min(len(mine), len(saved))
+                mine[:n] = saved[:n]
+
     def shape(self, nodes: int, depth: int) -> Shape:
         """The best shape for these chances, see :func:`branchwise.drafters.shapes.best_shape`."""
         return best_shape(self.rounded, nodes, depth)
 
-    def observe(self, tree: RowTree, path: Sequence[int]) -> None:
-        """Learns from a tree whose siblings are in the order of their ranks, other drafters' nodes left out, and the
-        path that was kept."""
-        if len(path) == 0 or len(tree) == 1:
+    def observe(self, trees: Sequence[RowTree], paths: Sequence[Sequence[int]]) -> None:
+        """Learns from trees whose siblings are in the order of their ranks, other drafters' nodes left out, and the
+        paths that were kept, none of a row that had ended."""
+        pairs = [(tree, path) for tree, path in zip(trees, paths, strict=True) if len(path) and len(tree) > 1]
+        if not pairs:
             return
-        children = dict.fromkeys(path, 0)  # of every accepted node, so far
-        own = range(len(tree)) if tree.ids is None else np.flatnonzero(tree.ids != FOREIGN).tolist()
-        parents = tree.parents.tolist()
+        sizes = np.array([len(tree) for tree, _ in pairs])
+        begins = np.cumsum(sizes) - sizes  # of each tree, among all their nodes
+        parents = np.concatenate([tree.parents for tree, _ in pairs]) + np.repeat(begins, sizes)
+        own = np.concatenate([np.ones(len(t), bool) if t.ids is None else t.ids != FOREIGN for t, _ in pairs])
+        own[begins] = False
+        kept = np.zeros(len(parents), bool)
+        kept[[begin + node for begin, (_, path) in zip(begins.tolist(), pairs, strict=True) for node in path]] = True
+        tried = np.flatnonzero(own & kept[parents])
+        tried = tried[np.argsort(parents[tried], kind="stable")]
+        above = parents[tried]
+        ranks = np.arange(len(tried)) - np.searchsorted(above, above)
+        known = len(self._tries)
+        tried, ranks = tried[ranks < known], ranks[ranks < known]
+        forget = _FORGET ** len(pairs)
         with self._lock:
-            self._hits *= _FORGET
-            self._tries *= _FORGET
-            for node in own:
-                rank = children.get(parents[node])
-                if rank is None:
-                    continue
-                children[parents[node]] = rank + 1
-                if rank < len(self._tries):
-                    self._tries[rank] += 1
-                    self._hits[rank] += node in children
+            self._hits = forget * self._hits + np.bincount(ranks[kept[tried]], minlength=known)
+            self._tries = forget * self._tries + np.bincount(ranks, minlength=known)

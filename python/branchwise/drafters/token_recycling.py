@@ -95,10 +95,10 @@ class TokenRecyclingSession:
             above = tokens[:, parents[level]]
             tokens[:, level] = np.where(above >= 0, self._table[above, ranks[level]], -1)
         # A token that was not seen yet has no successors, and they have none.
-        return [
-            RowTree(row, parents, scores, ids=ranks).only(row >= 0).first(budget)
-            for row, budget in zip(tokens, budgets, strict=True)
-        ]
+        trees, seen = RowTree.alike(tokens, parents, scores, ranks), tokens >= 0
+        if not seen.all():
+            trees = [tree.only(keep) for tree, keep in zip(trees, seen, strict=True)]
+        return [tree.first(budget) for tree, budget in zip(trees, budgets, strict=True)]
 
     def observe(self, verified: Verified) -> None:
         for b, tokens in enumerate(verified.emitted):
@@ -109,9 +109,10 @@ class TokenRecyclingSession:
         logits = verified.logits
         self._table = self._options.table(self._key, logits.shape[-1])
         best = ops.top_tokens(logits, self._options.successors, self._eos)[0].numpy()
-        for b, tree in enumerate(verified.tree.rows):
-            self._options.ranks.observe(tree, verified.path(b))
-            self._table[tree.tokens] = best[b, : len(tree)]
+        self._options.ranks.observe(verified.tree.rows, verified.paths)
+        rows = verified.tree.rows
+        real = np.arange(best.shape[1]) < np.array([len(tree) for tree in rows])[:, None]
+        self._table[np.concatenate([tree.tokens for tree in rows])] = best[real]
 
     def keep(self, rows: Sequence[int]) -> None:
         self._last = self._last[list(rows)]
