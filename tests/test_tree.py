@@ -38,3 +38,20 @@ def test_refuses_parents_that_are_no_tree(parents):
 def test_refuses_unequal_lengths():
     with pytest.raises(ValueError, match="one equal length of at least 1, got 0"):
         row([], [])
+
+
+def test_leaving_nodes_out():
+    tree = row([5, 1, 2, 3, 1], [-1, 0, 0, 2, 2])
+    kept = tree.only(np.array([True, False, True, False, True]))
+    assert kept.tokens.tolist() == [5, 2, 1] and kept.parents.tolist() == [-1, 0, 1] and kept.fixed == 1
+    with pytest.raises(ValueError, match=r"keep must hold the root, got \[False, True, True, True, True\]"):
+        tree.only(np.arange(5) > 0)
+
+
+def test_other_names_are_asked_for_when_rows_are_read():
+    batch = TokenTree([row([5, 1], [-1, 0]), RowTree.root(7)], torch.zeros(2, dtype=torch.int32))
+    asked = []
+    named = batch.named(lambda: asked.append(1) or [np.int32([3, 4]), np.int32([9])])
+    assert named.shape == batch.shape and not asked
+    assert [r.ids.tolist() for r in named.rows] == [[3, 4], [9]] and named.rows is named.rows and len(asked) == 1
+    assert batch.rows[0].ids is None

@@ -106,7 +106,13 @@ class RowTree:
         return other
 
     def only(self, keep: np.ndarray) -> RowTree:
-        """Without the nodes where bool[n] ``keep`` is False; a node's parent must be kept with it."""
+        """Without the nodes where bool[n] ``keep`` is False; a node's parent must be kept with it.
+
+        Raises:
+            ValueError: the root is not kept.
+        """
+        if not keep[0]:
+            raise ValueError(f"keep must hold the root, got {keep.tolist()}")
         parents = (np.cumsum(keep, dtype=np.int32) - 1)[self.parents[keep]]
         parents[0] = -1
         parts = {name: getattr(self, name) for name in ("tokens", "scores", "draft_index", "ids")}

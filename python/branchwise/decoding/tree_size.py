@@ -50,10 +50,9 @@ class CostModel:
         self._classes: dict[int, deque[tuple[int, int, float]]] = {}
         self._points: dict[int, tuple[float, float]] = {}  # of a class, its mean size and median seconds
         self._clock = 0
-        self._paces: deque[float] = deque(
-            maxlen=_PACES
-        )  # of the last forwards, relative to what their size took before
-        self._pace = 1.0  # median of them
+        # Of the last forwards, relative to what their size took before, and the median of them.
+        self._paces: deque[float] = deque(maxlen=_PACES)
+        self._pace = 1.0
         self._curve: tuple[list[float], np.ndarray] | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
@@ -83,7 +82,7 @@ class CostModel:
             return 1.0 + _PRIOR_SLOPE * (tokens - 1)
         slope = rise = _PRIOR_SLOPE * curve[0]
         if len(sizes) > 1:
-            # Larger trees than any so far are only tried if they promise something.
+            # Who thinks larger forwards dearer than they are never learns better.
             rise = min(slope, max(slope / 4, (curve[-1] - curve[0]) / (sizes[-1] - sizes[0])))
         below, above = np.minimum(tokens - sizes[0], 0.0), np.maximum(tokens - sizes[-1], 0.0)
         return np.maximum(np.interp(tokens, sizes, curve) + slope * below + rise * above, 0.3 * curve[0])
