@@ -59,13 +59,23 @@ def test_a_machine_that_slows_down_changes_no_ratio():
             cost.observe(size, time[size])
     for size in (16, 96):
         for _ in range(12):
-            cost.observe(size, 1.6 * time[size])
+            cost.observe(size, 1.25 * time[size])
     seconds = cost.seconds(sizes)
-    assert np.allclose(seconds / seconds[0], [1, 1.5, 2.5], rtol=1e-6)
-    assert np.allclose(seconds, 1.6 * np.array([1, 1.5, 2.5]), rtol=1e-6), "those of the speed of the last forwards"
+    assert np.allclose(seconds / seconds[0], [1, 1.5, 2.5], rtol=0.1)
+    assert np.allclose(seconds, 1.25 * np.array([1, 1.5, 2.5]), rtol=0.1), "those of the speed of the last forwards"
     restored = CostModel()
     restored.restore(cost.state())
-    assert np.allclose(restored.seconds(sizes) / restored.seconds(sizes)[0], [1, 1.5, 2.5], rtol=1e-6)
+    assert np.allclose(restored.seconds(sizes) / restored.seconds(sizes)[0], [1, 1.5, 2.5], rtol=0.1)
+
+
+def test_a_size_that_becomes_dearer_by_itself_is_noticed():
+    """Although it is measured in every other forward, half of what the speed is judged by."""
+    cost = CostModel()
+    for dear in (1.1, 9.0):
+        for _ in range(20):
+            cost.observe(8, 1.0), cost.observe(64, dear)
+        few, many = cost.seconds(np.array([8, 64]))
+        assert np.isclose(many / few, dear, rtol=0.2)
 
 
 def test_sizes_beyond_the_largest_cost_what_the_measured_ones_say():

@@ -19,7 +19,7 @@ _FORGET = 0.98  # per round: acceptance drifts with the text
 _SAMPLES = 9  # kept per size class, for a median that survives stalls of the machine
 _ENOUGH = 3  # of them, for a size to count as known
 _LOOK = 16  # forwards
-_PACES = 5  # forwards that say how fast the machine is now
+_FOLLOW, _JUMP = 0.25, 1.25  # share of a forward's change of speed that is believed, and the largest such change
 _STALE = 400  # forwards after which a sample no longer counts
 _PRIOR_TRIES = 4.0
 _FREE = 0.01  # of a forward: a drafter that costs less is always asked, since texts change
@@ -50,9 +50,7 @@ class CostModel:
         self._classes: dict[int, deque[tuple[int, int, float]]] = {}
         self._points: dict[int, tuple[float, float]] = {}  # of a class, its mean size and median seconds
         self._clock = 0
-        # Of the last forwards, relative to what their size took before, and the median of them.
-        self._paces: deque[float] = deque(maxlen=_PACES)
-        self._pace = 1.0
+        self._pace = 1.0  # seconds of the last forwards, relative to what their sizes took before
         self._curve: tuple[list[float], np.ndarray] | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
@@ -60,8 +58,9 @@ class CostModel:
         self._curve = None
         size = (tokens - 1).bit_length()
         if size in self._points:
-            self._paces.append(seconds / float(self._relative(np.array([tokens]))[0]))
-            self._pace = median(self._paces)
+            # Slowly: it must not follow the sizes of forwards, whose own costs may have changed.
+            ratio = seconds / float(self.seconds(np.array([tokens]))[0])
+            self._pace *= min(max(ratio, 1 / _JUMP), _JUMP) ** _FOLLOW
         self._classes.setdefault(size, deque(maxlen=_SAMPLES)).append((self._clock, tokens, seconds / self._pace))
         # Samples of other classes only grow old: it is enough to look now and then.
         for each in [size] if self._clock % _LOOK else sorted(self._classes):
