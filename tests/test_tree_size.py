@@ -51,7 +51,7 @@ def test_stalls_do_not_matter():
 
 
 def test_a_machine_that_slows_down_changes_no_ratio():
-    """A neighbour comes and goes: each size is measured at one speed only, and all are known relative to each other."""
+    """A neighbour comes and goes: one size is measured before that only, and all are known relative to each other."""
     cost, sizes = CostModel(), np.array([16, 48, 96])
     time = {16: 1.0, 48: 1.5, 96: 2.5}
     for size in (16, 48, 96):

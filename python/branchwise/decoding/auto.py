@@ -130,10 +130,8 @@ class AutoSession:
         merged, self._names = _merge(self._proposals, budgets)
         size, rate = self._size(merged)
         plain = float(self._cost.seconds(np.array([len(budgets)]))[0])
+        self._quiet = 0 if rate * plain > _WORTH * len(budgets) else self._quiet + 1
         self._weigh(budgets, size, rate)
-        pays = rate * plain > _WORTH * len(budgets)
-        self._quiet = 0 if pays else self._quiet + 1
-        size = size if pays else 1
         # Where few nodes pay, many are not worth proposing; where all do, there may be more.
         self._budget = max(_LEAST_BUDGET, _LEAST_NODES // len(budgets), 2 * size)
         return [tree.first(size) for tree in merged]

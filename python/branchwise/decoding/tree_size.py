@@ -38,7 +38,7 @@ def cost_model(model: PreTrainedModel) -> CostModel:
 
 
 class CostModel:
-    """Seconds of a target forward by its number of tokens, measured while decoding.
+    """Seconds of a target forward and its verdict by the number of tokens, measured while decoding.
 
     Medians of recent forwards per size class (1, 2, 3-4, 5-8, ...), linear in between: the step from one token to a
     few is often much larger than the next ones, so one line would not do. A machine's speed changes as its neighbours
