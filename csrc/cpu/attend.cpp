@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
 
 #include "cpu/empty.h"
 #include "cpu/isa.h"
@@ -15,6 +13,21 @@ namespace branchwise {
 namespace {
 
 constexpr int64_t kMinSplit = 4 * kKeyTile;  // slots: less is not worth a merge
+
+// What a call is cut into. Kept by its thread, as memory from the system is a tenth of a short
+// call.
+struct Plan {
+  std::vector<AttentionUnit> units;
+  std::vector<int64_t> block_of, partial_at;    // of each unit
+  std::vector<int64_t> first_unit, unfinished;  // of each block; one more first_unit ends the list
+
+  void clear() {
+    constexpr size_t kKept = 4096;
+    if (units.capacity() > kKept) *this = Plan{};
+    units.clear(), block_of.clear(), partial_at.clear(), first_unit.clear(), unfinished.clear();
+  }
+};
+thread_local Plan kept_plan;
 
 }  // namespace
 
@@ -39,11 +52,9 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
   const int64_t large_block = per_token ? 1 : std::max<int64_t>(1, kMaxRowBlock / G);
   const int64_t quarter = (T * Hkv + 3) / 4, least = (3 * kRowPad + G - 1) / G;
   const int64_t small_block = std::min(large_block, std::max(quarter, least));
-  std::vector<AttentionUnit> units;
-  std::vector<int64_t> first_unit;            // of each block; the last entry ends the list
-  std::vector<int64_t> block_of, partial_at;  // of each unit
-  // A short call would notice their growing step by step.
-  units.reserve(64), first_unit.reserve(64), block_of.reserve(64), partial_at.reserve(64);
+  Plan& plan = kept_plan;
+  plan.clear();
+  auto& [units, block_of, partial_at, first_unit, unfinished] = plan;
   int64_t floats = 0, slots_read = 0;
   const auto cut = [&](int64_t b, int64_t h, int64_t t, int64_t end_token, const Places& p,
                        int64_t lanes_of_work) {
@@ -80,10 +91,8 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
     units[i].partial = workspace + partial_at[i];
     if (i + 1 < units.size()) units[i].following = &units[i + 1];
   }
-  std::unique_ptr<std::atomic<int64_t>[]> unfinished(
-      new std::atomic<int64_t>[first_unit.size() - 1]);
   for (size_t i = 0; i + 1 < first_unit.size(); ++i)
-    unfinished[i] = first_unit[i + 1] - first_unit[i];
+    unfinished.push_back(first_unit[i + 1] - first_unit[i]);
 
   const AttentionKernels& k = BW_KERNELS(attention_kernels);
   const int64_t block_rows = std::min(T, large_block) * G;
@@ -91,10 +100,11 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
   const bool serial = slots_read * D * (block_rows + 4) < (1 << 18);
   const int64_t scratch = scratch_floats(block_rows, D);
   run_guided(static_cast<int64_t>(units.size()), scratch, serial, [&](int64_t i, float* buffer) {
-    k.run_unit(args, units[i], buffer);
-    const int64_t block = block_of[i], first = first_unit[block];
-    if (unfinished[block].fetch_sub(1) == 1)
-      k.merge_units(args, units.data() + first, first_unit[block + 1] - first);
+    k.run_unit(args, plan.units[i], buffer);
+    const int64_t block = plan.block_of[i], first = plan.first_unit[block];
+    const int64_t count = plan.first_unit[block + 1] - first;
+    if (count == 1 || __atomic_sub_fetch(&plan.unfinished[block], 1, __ATOMIC_ACQ_REL) == 0)
+      k.merge_units(args, plan.units.data() + first, count);
   });
   workspace_buffer.trim();
   return {out, lse};

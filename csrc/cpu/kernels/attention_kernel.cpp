@@ -52,7 +52,7 @@ void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
 
 void merge_units(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
   by_type(a.type, [&](auto type) {
-    if (units[0].row_end - units[0].row_begin <= kFewRows)
+    if (units[0].row_end - units[0].row_begin <= kLanes)
       merge_few_rows<decltype(type)>(a, units, count);
     else
       merge_many_rows<decltype(type)>(a, units, count);
@@ -65,9 +65,11 @@ void run_shared(const AttentionArgs& a, const AttentionUnit& u, float* scratch) 
     const int64_t rows = u.rows();
     pack_many_rows<T, decltype(product)>(rows, a.D, scratch,
                                          [&](int64_t r) { return query_row<T>(a, u, r); });
+    float* rest = scratch + query_floats(rows, a.D);
+    if (rows <= kLanes) return run_many_rows<T, decltype(product)>(a, u, scratch, rest);
     AttentionUnit lanes = u;
     lanes.partial = scratch + scratch_floats(rows, a.D);
-    run_many_rows<T, decltype(product)>(a, lanes, scratch, scratch + query_floats(rows, a.D));
+    run_many_rows<T, decltype(product)>(a, lanes, scratch, rest);
     transpose_partial(lanes.partial, rows, a.D, u.partial);
   });
 }

@@ -5,7 +5,8 @@
 // token (r / G). Two forms of the inner kernel:
 //   many rows: rows are the lanes of vector registers, so a key or value element is read once,
 //     broadcast, and used by all of them, without transposes or horizontal sums;
-//   few rows (at most half the lanes): the head dim is in the lanes, dot products.
+//   few rows (at most half the lanes): the head dim is in the lanes, dot products;
+//   rows of one vector in between: scores as the former, values as the latter.
 // Products are fp32, or pairs of bf16 where the level has the instruction (product-inl.h).
 //
 // Work is cut into units = (batch row, KV head, block of packed rows, split of the KV places). A

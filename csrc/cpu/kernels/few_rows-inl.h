@@ -53,10 +53,19 @@ template <typename M, int R, typename T, typename P>
   return folds<false>(acc);
 }
 
+// Where the probabilities of S slots and several rows lie, one vector after the other: row r of
+// slot s in lane r * S + s, as elements of M.
+template <typename M, int S>
+struct SlotLanes {
+  static constexpr int kSlots = S, kRow = S;
+  static constexpr int64_t kElements = kLanes / M::kPack;  // of kSlots slots
+  static constexpr int element(int r, int s) { return (r * S + s) / M::kPack; }
+};
+
 // out[r][d ..] = out[r][d ..] * alpha[r] + sum over the tile's slots of p[r][slot] *
 // value[slot][d ..], for R rows and NC whole chunks of the head dim, or with NC = 0 for the n
-// values left. Rows are ld floats apart in out, and S lanes in probs and alpha.
-template <typename M, int S, int R, int NC, typename T, typename P>
+// values left. Rows are ld floats apart in out, and At::kRow lanes in alpha.
+template <typename M, typename At, int R, int NC, typename T, typename P>
 inline void add_block(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const float* probs,
                       const float* alpha, float* out, int64_t ld) {
   constexpr int kPack = M::kPack, NV = (NC > 0 ? NC : 1) * kPack;
@@ -64,40 +73,46 @@ inline void add_block(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * ld + d + v * kLanes) * alpha[r * S];
+    for (int v = 0; v < NV; ++v)
+      acc[r][v] = load(out + r * ld + d + v * kLanes) * alpha[r * At::kRow];
   const auto* p = reinterpret_cast<const typename M::Element*>(probs);
-  for (int64_t begin = 0; begin < tile.count; begin += S, p += kLanes / kPack) {
+  P local = ahead;  // in registers
+  for (int64_t begin = 0; begin < tile.count; begin += At::kSlots, p += At::kElements) {
 #pragma GCC unroll 2
-    for (int s = 0; s < S; s += kPack) {
+    for (int s = 0; s < At::kSlots; s += kPack) {
       typename M::Vec x[NV];
       if constexpr (NC > 0) {
 #pragma GCC unroll 16
         for (int c = 0; c < NC; ++c) {
           const int64_t at = d + c * kLanes * kPack;
           M::columns(tile.values() + begin + s, at, x + c * kPack);
-          for (int i = 0; i < kPack; ++i) ahead.step();
+          if (c * kLanes * kPack * sizeof(T) % 64 == 0)  // once per line
+            for (int i = 0; i < kPack; ++i) local.step();
         }
       } else {
         M::columns(tile.values() + begin + s, d, n, x);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const typename M::Vec weight = M::broadcast(p + (r * S + s) / kPack);
+        const typename M::Vec weight = M::broadcast(p + At::element(r, s));
 #pragma GCC unroll 16
         for (int v = 0; v < NV; ++v) acc[r][v] = M::multiply_add(x[v], weight, acc[r][v]);
       }
     }
   }
+  ahead = local;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) store(out + r * ld + d + v * kLanes, acc[r][v]);
 }
 
-// Chunks of the head dim to add at once. Wide ones read memory in longer runs; but where the values
-// of two slots have to be interleaved first, doing that once for all rows is worth more.
+// Chunks of the head dim to add at once. Wide ones read memory in longer runs; but the more rows,
+// the more it is worth to load, widen or interleave values once for all of them.
 template <typename M, int R>
-constexpr int kWideChunks = M::kPack == 1       ? kRegisters / 4
+constexpr int kWideChunks = M::kPack == 1       ? kRegisters / (R <= 2   ? 4
+                                                                : R <= 4 ? 8
+                                                                         : 16)
                             : R * M::kPack <= 2 ? 4
                             : R * M::kPack <= 8 ? 2
                                                 : 1;
@@ -110,11 +125,11 @@ inline void add_values(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, cons
   constexpr int kRows = kFit < 1 ? 1 : kFit < R ? kFit : R;
   int r = 0;
   for (; r + kRows <= R; r += kRows)
-    add_block<M, S, kRows, NC>(tile, ahead, d, n, probs + r * S / M::kPack, alpha + r * S,
-                               out + r * ld, ld);
+    add_block<M, SlotLanes<M, S>, kRows, NC>(tile, ahead, d, n, probs + r * S / M::kPack,
+                                             alpha + r * S, out + r * ld, ld);
   if constexpr (R % kRows != 0)
-    add_block<M, S, R % kRows, NC>(tile, ahead, d, n, probs + r * S / M::kPack, alpha + r * S,
-                                   out + r * ld, ld);
+    add_block<M, SlotLanes<M, S>, R % kRows, NC>(tile, ahead, d, n, probs + r * S / M::kPack,
+                                                 alpha + r * S, out + r * ld, ld);
 }
 
 // Whether a query node sees a place; the scalar twin of mask_tile.
@@ -231,9 +246,10 @@ void merge_rows(const AttentionArgs& a, int64_t batch, const AttentionUnit& u, i
     float top = sink;
     for (int64_t s = 0; s < count; ++s) top = part(s).top(r, ld) > top ? part(s).top(r, ld) : top;
     const float shift = top == -kInf ? 0.f : top;
-    float sum = exp2(sink - shift);
+    float sum = a.sinks != nullptr ? exp2(sink - shift) : 0.f;
     for (int64_t s = 0; s < count; ++s) {
-      const float weight = exp2(part(s).top(r, ld) - shift);
+      const float below = part(s).top(r, ld) - shift;  // 0 for one at least: mostly the only one
+      const float weight = below == 0.f ? 1.f : exp2(below);
       sum += part(s).sum(r, ld) * weight;
       part(s).top(r, ld) = weight;  // the maxima are not needed again
     }

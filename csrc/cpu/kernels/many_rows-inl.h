@@ -5,8 +5,12 @@
 //   online softmax down the slots, one row per lane
 //   out^T[d][row] = out^T[d][row] * alpha + sum_slot value[slot][d] * p^T[slot][row]
 // With M::kPack = 2 the steps of both sums are pairs: of head dims, then of slots.
+//
+// Rows of one vector leave lanes empty, and a multiply-add per broadcast. There the second product
+// is that of few rows, with the head dim in the lanes: out[row][d], which needs no values packed.
 #pragma once
 
+#include "cpu/kernels/few_rows-inl.h"
 #include "cpu/kernels/half-inl.h"
 #include "cpu/kernels/outer_product-inl.h"
 #include "cpu/kernels/product-inl.h"
@@ -56,11 +60,13 @@ void mask_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, in
   }
 }
 
-// One tile for one group of NV vectors of rows.
+// Probabilities of one tile for one group of NV vectors of rows, before they are divided by their
+// sum; `alpha` takes what is there already down to the new maximum.
 template <typename M, int NV, typename P>
-void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>& tile, P& ahead,
-                 const float* query, const RowBounds& rows, int64_t row_count, int64_t hidden,
-                 float* scores, float* out, float* row_max, float* row_sum) {
+inline void weigh_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>& tile,
+                       P& ahead, const float* query, const RowBounds& rows, int64_t row_count,
+                       int64_t hidden, float* scores, f32v (&alpha)[NV], float* row_max,
+                       float* row_sum) {
   constexpr int64_t ld = NV * kLanes;
   constexpr int kPack = M::kPack;
   const int64_t count = tile.count;
@@ -81,39 +87,84 @@ void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>&
   if (window_cuts || tile.begin + count > u.places->prefix)
     mask_tile<NV>(a, u, tile.begin, count, rows, row_count, window_cuts, scores);
 
-  f32v alpha[NV];
   for (int v = 0; v < NV; ++v) {
     float* column = scores + v * kLanes;
-    f32v high = load(column);
-    for (int64_t s = 1; s < count; ++s) high = max(high, load(column + s * ld));
+    f32v highs[4];  // as one, each would wait for the one before
+    for (int i = 0; i < 4; ++i) highs[i] = load(column);
+    int64_t next = 1;
+    for (; next + 4 <= count; next += 4)
+      for (int i = 0; i < 4; ++i) highs[i] = max(highs[i], load(column + (next + i) * ld));
+    for (; next < count; ++next) highs[0] = max(highs[0], load(column + next * ld));
+    const f32v high = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
     const f32v before = load(row_max + v * kLanes), top = max(before, high * scale);
     // A row that has seen nothing yet keeps max -inf; 0 instead keeps -inf minus -inf out.
     const f32v shift = top == -kInf ? f32v{} : top;
     alpha[v] = exp2(before - shift);
     f32v sum = load(row_sum + v * kLanes) * alpha[v];
     for (int64_t s = 0; s < count; s += kPack) {
-      f32v p[kPack];
+      f32v p[kPack], both = {};
       for (int i = 0; i < kPack; ++i) {
         p[i] = s + i < count ? exp2(load(column + (s + i) * ld) * scale - shift) : f32v{};
-        sum += p[i];
+        both += p[i];
       }
+      sum += both;
       const typename M::Vec x = M::combine(p);
       __builtin_memcpy(column + s / kPack * ld, &x, sizeof x);  // never ahead of what is still read
     }
     store(row_max + v * kLanes, top);
     store(row_sum + v * kLanes, sum);
   }
+}
 
-  const int64_t steps = (count + kPack - 1) / kPack;
+template <typename M, int NV, typename P>
+void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>& tile, P& ahead,
+                 const float* query, const RowBounds& rows, int64_t row_count, int64_t hidden,
+                 float* scores, float* out, float* row_max, float* row_sum) {
+  f32v alpha[NV];
+  weigh_tile<M, NV>(a, u, tile, ahead, query, rows, row_count, hidden, scores, alpha, row_max,
+                    row_sum);
+  const int64_t steps = (tile.count + M::kPack - 1) / M::kPack;
   int64_t d = 0;
   const auto add_columns = [&](auto columns) {
     constexpr int NB = decltype(columns)::value;
     for (; d + NB <= a.D; d += NB)
       values_block<M, NV, NB>(scores, tile.values, d, steps, alpha, out, ahead);
   };
-  add_columns(Int<kWide<NV>>{});
   add_columns(Int<kBroadcast<NV>>{});
   add_columns(Int<1>{});
+}
+
+// Probabilities of one vector of rows: row r of a slot, or of kPack slots, in lane r.
+template <typename M>
+struct RowLanes {
+  static constexpr int kSlots = M::kPack, kRow = 1;
+  static constexpr int64_t kElements = kLanes;
+  static constexpr int element(int r, int) { return r; }
+};
+
+// out[row][d] of at most a vector of rows: three quarters of a vector in one go, more in halves.
+template <typename M, typename T, typename P>
+void add_row_lanes(const Tile<T>& tile, P& ahead, int64_t rows, int64_t D, const float* probs,
+                   const float* alpha, float* out, int64_t ld) {
+  constexpr int kChunk = kLanes * M::kPack, kMost = kLanes * 3 / 4, kHalf = kLanes / 2;
+  const auto add = [&](auto count, int first) {
+    constexpr int R = decltype(count)::value;
+    int64_t d = 0;
+    const auto add_chunks = [&](auto chunks) {
+      constexpr int NC = decltype(chunks)::value;
+      for (; d + NC * kChunk <= D; d += NC * kChunk)
+        add_block<M, RowLanes<M>, R, NC>(tile, ahead, d, 0, probs + first, alpha + first,
+                                         out + first * ld, ld);
+    };
+    add_chunks(Int<2 / M::kPack>{});
+    add_chunks(Int<1>{});
+    if (d < D)
+      add_block<M, RowLanes<M>, R, 0>(tile, ahead, d, D - d, probs + first, alpha + first,
+                                      out + first * ld, ld);
+  };
+  if (rows <= kMost) return add(Int<kMost>{}, 0);
+  add(Int<kHalf>{}, 0);
+  add(Int<kHalf>{}, kHalf);
 }
 
 // Calls f(first_row, NV) for the groups of a row block: up to three vectors each, as even as can
@@ -128,7 +179,7 @@ inline void for_each_group(int64_t rows, F f) {
 }
 
 // Partial result: out^T [D][rows of a group], group after group | max [rows] | sum [rows], rows
-// padded.
+// padded. Of rows of one vector, that of few rows.
 template <typename T, typename M>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                    float* scratch) {
@@ -137,8 +188,10 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   float* converted = scores + kKeyTile * 3 * kRowPad;
   int32_t* ints = reinterpret_cast<int32_t*>(converted + 2 * kKeyTile * width);
   const RowBounds all{ints, ints + padded, ints + 2 * padded};
+  const bool one_vector = rows <= kLanes;
+  const int64_t ld_out = few_rows_stride(a.D);
   float* out = u.partial;
-  float* row_max = out + a.D * padded;
+  float* row_max = out + (one_vector ? ld_out : a.D) * padded;
   float* row_sum = row_max + padded;
 
   int32_t highest_low = 0, lowest_low = INT32_MAX;
@@ -154,34 +207,50 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
     row_max[r] = -kInf;
     row_sum[r] = 0.f;
   }
-  __builtin_memset(out, 0, sizeof(float) * a.D * padded);
+  __builtin_memset(out, 0, sizeof(float) * (row_max - out));
 
   Tile<T> tiles[2];
   Tile<T>*tile = tiles, *next = tiles + 1;
   Lines<M> lines;
   const WindowCut cut = cut_window(a, u, lowest_low, highest_low);
   int64_t slot = cut.first;
-  find_tile(a, u, slot, kKeyTile, tile);
-  for (; slot < u.slot_end; slot += kKeyTile) {
-    find_tile(a, u, slot + kKeyTile, kKeyTile, next);
-    touch_ahead<T>(a, u, slot, kKeyTile);
+  // Values are read twice then, which the first cache level should bear. Not in shared units, where
+  // tiles must not depend on how many rows there are.
+  const bool small = one_vector && u.batches == nullptr;
+  const int64_t size = small ? small_tile(2 * a.D * static_cast<int64_t>(sizeof(T))) : kKeyTile;
+  find_tile(a, u, slot, size, tile);
+  for (; slot < u.slot_end; slot += size) {
+    find_tile(a, u, slot + size, size, next);
+    touch_ahead<T>(a, u, slot, size);
     lines.begin = tile->begin;
     lines.count = tile->count;
     make_key_lines(tile->keys(), tile->count, a.D, converted, &lines);
-    make_value_lines(tile->values(), tile->count, a.D, converted + kKeyTile * width, &lines);
-    Prefetcher<T> ahead(next->rows, 2 * kKeyTile, a.D);
-    for_each_group(rows, [&](int64_t first, int nv) {
-      const RowBounds part{all.node + first, all.low + first, all.word + first};
-      const int64_t ld = nv * kLanes, count = first + ld < padded ? ld : padded - first;
-      const auto call = nv == 3   ? attend_tile<M, 3, Prefetcher<T>>
-                        : nv == 2 ? attend_tile<M, 2, Prefetcher<T>>
-                                  : attend_tile<M, 1, Prefetcher<T>>;
-      call(a, u, lines, ahead, query + first * a.D, part, count, cut.hidden, scores,
-           out + first * a.D, row_max + first, row_sum + first);
-    });
+    Prefetcher<T> ahead(next->rows, 2 * size, a.D);
+    if (one_vector) {
+      f32v alpha[1];
+      weigh_tile<M, 1>(a, u, lines, ahead, query, all, kLanes, cut.hidden, scores, alpha, row_max,
+                       row_sum);
+      float alphas[kLanes];
+      store(alphas, alpha[0]);
+      add_row_lanes<M>(*tile, ahead, rows, a.D, scores, alphas, out, ld_out);
+    } else {
+      make_value_lines(tile->values(), tile->count, a.D, converted + kKeyTile * width, &lines);
+      for_each_group(rows, [&](int64_t first, int nv) {
+        const RowBounds part{all.node + first, all.low + first, all.word + first};
+        const int64_t ld = nv * kLanes, count = first + ld < padded ? ld : padded - first;
+        const auto call =
+            nv == 3 ? attend_tile<M, 3, Prefetcher<T>> : attend_tile<M, 2, Prefetcher<T>>;
+        call(a, u, lines, ahead, query + first * a.D, part, count, cut.hidden, scores,
+             out + first * a.D, row_max + first, row_sum + first);
+      });
+    }
     Tile<T>* done = tile;
     tile = next;
     next = done;
+  }
+  if (one_vector) {
+    __builtin_memmove(out + rows * ld_out, row_max, sizeof(float) * rows);
+    __builtin_memmove(out + rows * ld_out + rows, row_sum, sizeof(float) * rows);
   }
 }
 
