@@ -106,7 +106,7 @@ class Canvas:
             states = states if len(states) else self._ids[None, here]
         held = 0 if kind is Kind.REFRESH else self.held or len(self.kept)
         # A step that unmasks one token needs the next block's predictions when the last is nearly done.
-        ahead_below = 3 if layout.guesses else layout.block
+        ahead_below = 2 if layout.guesses else layout.block
         return Window.of(kind, states, self._start, spec.block_size, spec.mask_id, current, limit, held, ahead_below)
 
     def _paying(self, chances: list[float], current: int, width: int) -> int:
