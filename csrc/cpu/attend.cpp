@@ -14,8 +14,7 @@ namespace {
 
 constexpr int64_t kMinSplit = 4 * kKeyTile;  // slots: less is not worth a merge
 
-// What a call is cut into. Kept by its thread, as memory from the system is a tenth of a short
-// call.
+// What a call is cut into. Kept by its thread: a short call would notice the allocations.
 struct Plan {
   std::vector<AttentionUnit> units;
   std::vector<int64_t> block_of, partial_at;    // of each unit

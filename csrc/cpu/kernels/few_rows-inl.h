@@ -110,12 +110,10 @@ inline void add_block(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const
 // Chunks of the head dim to add at once. Wide ones read memory in longer runs; but the more rows,
 // the more it is worth to load, widen or interleave values once for all of them.
 template <typename M, int R>
-constexpr int kWideChunks = M::kPack == 1       ? kRegisters / (R <= 2   ? 4
-                                                                : R <= 4 ? 8
-                                                                         : 16)
-                            : R * M::kPack <= 2 ? 4
-                            : R * M::kPack <= 8 ? 2
-                                                : 1;
+constexpr int wide_chunks() {
+  if (M::kPack == 1) return kRegisters / (R <= 2 ? 4 : R <= 4 ? 8 : 16);
+  return R * M::kPack <= 2 ? 4 : R * M::kPack <= 8 ? 2 : 1;
+}
 
 // The same for all R rows, as many at a time as half the registers hold.
 template <typename M, int S, int R, int NC, typename T, typename P>
@@ -215,7 +213,7 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
       for (; d + NC * kChunk <= D; d += NC * kChunk)
         add_values<M, S, R, NC>(*tile, ahead, d, 0, probs, alphas, out, ld);
     };
-    add_chunks(Int<kWideChunks<M, R>>{});
+    add_chunks(Int<wide_chunks<M, R>()>{});
     add_chunks(Int<1>{});
     if (d < D) add_values<M, S, R, 0>(*tile, ahead, d, D - d, probs, alphas, out, ld);
   }
