@@ -29,7 +29,16 @@ import torch
 import branchwise
 import facts
 from branchwise.demo_diffusion import load_diffusion
-from branchwise.diffusion import AncestralSampling, BlockDecoder, EntropyBudget, FreeDave, Static, Threshold
+from branchwise.diffusion import (
+    AncestralSampling,
+    BlockDecoder,
+    EntropyBudget,
+    FreeDave,
+    RewardGuidedSampling,
+    Static,
+    Threshold,
+    TimeSchedule,
+)
 
 
 def prompts(tokenizer: Any, count: int, length: int) -> list[torch.Tensor]:
@@ -63,8 +72,15 @@ def decoders(attention: str) -> dict[str, tuple[Any, str]]:
             BlockDecoder(Static(4 if cache == "block" else 16), cache=cache),
             reference,
         )
+        found[f"{cache}: time schedule"] = (
+            BlockDecoder(TimeSchedule(4 if cache == "block" else 16), cache=cache),
+            reference,
+        )
     if attention == "full":
         found["ancestral 32"] = (AncestralSampling(32, seed=0), "none: one per step")
+        # Any reward shows what one costs; this asks for tokens that are sure.
+        guided = RewardGuidedSampling(lambda tokens: tokens.amax(-1), 32, seed=0)
+        found["reward-guided 32"] = (guided, "none: one per step")
     return found
 
 

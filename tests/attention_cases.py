@@ -44,8 +44,10 @@ CASES = [
     Case(T=1, Hq=10, Hkv=2, D=128, B=3),
     Case(T=2, Hq=2, Hkv=2, window=40),
     Case(T=3, Hq=1, Hkv=1, softcap=4.0, sinks=True, page_size=5),
-    # every count of few rows, on every level up to half its lanes, and head dims with part of a chunk
-    *[Case(T=1, Hq=rows, Hkv=1, D=80, prefix=150 + rows) for rows in range(1, 10)],
+    # every count of rows up to a vector's lanes, on every level, and head dims with part of a chunk
+    *[Case(T=1, Hq=rows, Hkv=1, D=80, prefix=150 + rows) for rows in range(1, 18)],
+    Case(T=5, Hq=3, Hkv=1, D=33, B=2, window=20, sinks=True, softcap=4.0, page_size=5),
+    Case(T=3, Hq=4, Hkv=1, D=128, prefix=600, scale=-0.1),
     Case(T=1, Hq=6, Hkv=1, D=48, prefix=257, page_size=6, B=2),
     Case(T=1, Hq=5, Hkv=1, D=33, prefix=70),
     Case(T=4, Hq=2, Hkv=1, D=256, B=2, window=20, sinks=True),

@@ -6,8 +6,8 @@
 //   out^T[d][row] = out^T[d][row] * alpha + sum_slot value[slot][d] * p^T[slot][row]
 // With M::kPack = 2 the steps of both sums are pairs: of head dims, then of slots.
 //
-// Rows of one vector leave lanes empty, and a multiply-add per broadcast. There the second product
-// is that of few rows, with the head dim in the lanes: out[row][d], which needs no values packed.
+// Rows of one vector would leave lanes empty and use a broadcast once. There the second product is
+// that of few rows, with the head dim in the lanes: out[row][d], which needs no values packed.
 #pragma once
 
 #include "cpu/kernels/few_rows-inl.h"
