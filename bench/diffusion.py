@@ -5,7 +5,8 @@ has not seen, under its block-causal and its full pattern. All decoders of a pat
 few times; times are medians over the rounds, of whole generate calls; forwards are those of the last. A round begins
 with new decoders, so that what they learn is of the prompts before, never of the same one; only costs of forwards,
 which belong to the model, stay. "same text" compares with the static decoding that the decoder must equal (the one with
-its cache and rule); for dynamic decoders it is the static text, which they may leave.
+its cache and rule); for dynamic decoders it is the static text, which they may leave, and for "tree mask" and "copies"
+in 16 bits, too, as they sum in another order.
 
 How to read: "x static" is static decoding's time over the decoder's, of the same rule and cache.
 
@@ -62,10 +63,14 @@ def decoders(attention: str) -> dict[str, tuple[Any, str]]:
                 found[f"{cache}: {name}, FreeDave 4, chain"] = (FreeDave(rule, 4, **chain), static)
                 found[f"{cache}: {name}, FreeDave 8, chain"] = (FreeDave(rule, 8, **chain), static)
                 found[f"{cache}: {name}, FreeDave 8, chain, not eager"] = (FreeDave(rule, 8, False, **chain), static)
-                found[f"{cache}: {name}, FreeDave 8, copies"] = (
-                    FreeDave(rule, 8, cache=cache, form="copy", least_chance=0.05),
-                    static,
-                )
+                for form, said in {"copy": "copies", "tree": "tree mask"}.items():
+                    if attention == "full" and form == "tree":
+                        continue  # the default there
+                    dave = FreeDave(rule, 8, cache=cache, form=form, least_chance=0.05)
+                    found[f"{cache}: {name}, FreeDave 8, {said}"] = (dave, static)
+                if attention == "block_causal":
+                    found[f"{cache}: {name}, tree mask"] = (BlockDecoder(rule, cache=cache, form="tree"), static)
+                    found[f"{cache}: {name}, FreeDave, tree mask"] = (FreeDave(rule, cache=cache, form="tree"), static)
         reference = f"{cache}: one per step"
         found[f"{cache}: entropy 0.35"] = (BlockDecoder(EntropyBudget(0.35), cache=cache), reference)
         found[f"{cache}: half the steps"] = (
@@ -88,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder; default: the one that comes with the sources")
     parser.add_argument("--attention", nargs="+", default=["block_causal", "full"])
-    parser.add_argument("--dtype", default="float32", help="float32, in which FreeDave is exact, or bfloat16")
+    parser.add_argument("--dtype", default="float32", help="or bfloat16, as the weights are stored")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--length", type=int, default=100)
     parser.add_argument("--new", type=int, default=96)

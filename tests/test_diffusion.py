@@ -170,15 +170,15 @@ def test_rows_are_what_they_are_alone(attention, cache):
 
 
 @pytest.mark.parametrize("attention, cache", PAIRS)
-def test_tree_and_copy_forms_agree(attention, cache):
+def test_forms_agree(attention, cache):
     m, length = model(attention), length_of(attention)
     ids, mask = prompts()
     outs, forwards = [], []
-    for form in ("tree", "copy"):
+    for form in ("tree", "copy", None):
         dave = FreeDave(None, 6, block_length=length, cache=cache, form=form, least_chance=0.05)
         outs.append(decode(m, dave, ids, mask))
         forwards.append(dave.stats.forwards)
-    assert torch.equal(*outs) and forwards[0] == forwards[1]
+    assert all(torch.equal(out, outs[0]) for out in outs) and len(set(forwards)) == 1
 
 
 def trajectory(m, prompt, new, block):
@@ -401,7 +401,7 @@ def test_refuses():
         "drafts must be 'tree' or 'chain', got 'bush'": lambda: FreeDave(drafts="bush"),
         r"least_chance must lie in \[0, 1\], got 2": lambda: FreeDave(least_chance=2),
         "cache must be one of block, none, prefix, dual, got 'big'": lambda: BlockDecoder(cache="big"),
-        "form must be one of tree, copy, got 'x'": lambda: BlockDecoder(form="x"),
+        "form must be one of pages, tree, copy, got 'x'": lambda: BlockDecoder(form="x"),
         "block_length must be at least 1, got 0": lambda: BlockDecoder(block_length=0),
         "steps must be at least 1, got 0": lambda: Static(0),
         "end must lie between 0 and 1, got 2": lambda: TimeSchedule(3, end=2),
@@ -418,6 +418,8 @@ def test_refuses():
     }.items():
         with pytest.raises(ValueError, match=message):
             decode(m, decoder, ids, mask)
+    with pytest.raises(ValueError, match="form = 'pages' does not fit a model with attention 'full'"):
+        decode(model("full"), FreeDave(form="pages"), ids, mask)
     with pytest.raises(ValueError, match="return_dict_in_generate=True is not supported"):
         decode(m, FreeDave(), ids, mask, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="input_ids of row 1 hold the mask, 1"):

@@ -22,14 +22,14 @@ from ..noise import Noise, Seed, row_seeds
 from ..target import ignores_text
 from .canvas import Canvas
 from .chances import CHOICES, ChainChances, Chances, Neighbours
-from .engine import CopyEngine, Engine, PlainEngine, Processor, Sampler, TreeEngine
+from .engine import CopyEngine, Engine, PageEngine, PlainEngine, Processor, Sampler, TreeEngine
 from .layout import CACHES, Layout
 from .pace import LEAST_CHANCE, Pace
 from .rules import Static, StepRule
 from .spec import DiffusionSpec, runs_on_kernels, spec_of
 from .window import Kind
 
-FORMS = ("tree", "copy")
+_ENGINES = {"pages": PageEngine, "tree": TreeEngine, "copy": CopyEngine}
 
 
 class BlockDecoder(Decoder):
@@ -51,8 +51,9 @@ class BlockDecoder(Decoder):
             :class:`branchwise.diffusion.layout.Layout`; None: "block" or "none". "prefix" and "dual" change the text,
             the others don't.
         spec: what the model is; None: :func:`branchwise.diffusion.spec_of`.
-        form: "tree", states as branches of one mask; or "copy", states as rows of a batch with keys of their own,
-            slower and for comparison.
+        form: "pages", blocks as rows of one forward that name the same pages of keys (block-causal models): a state is
+            seen bit for bit as in a forward of its own. "tree", states as branches of one mask. "copy", states as rows
+            of a batch with keys of their own, slower and for comparison. None: "pages" where possible, else "tree".
         seed: of the noise, see :func:`branchwise.noise.row_seeds`.
         on_state: called with a row's number and its tokens i64[n] after every forward.
 
@@ -74,7 +75,7 @@ class BlockDecoder(Decoder):
         block_length: int | None = None,
         cache: str | None = None,
         spec: DiffusionSpec | None = None,
-        form: str = "tree",
+        form: str | None = None,
         seed: Seed = None,
         on_state: Callable[[int, Tensor], None] | None = None,
     ) -> None:
@@ -82,8 +83,8 @@ class BlockDecoder(Decoder):
             raise ValueError(f"block_length must be at least 1, got {block_length}")
         if cache is not None and cache not in CACHES:
             raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        if form is not None and form not in _ENGINES:
+            raise ValueError(f"form must be one of {', '.join(_ENGINES)}, got {form!r}")
         self.rule = Static() if rule is None else rule
         self.block_length, self.cache, self.spec = block_length, cache, spec
         self.form, self.seed, self.on_state = form, seed, on_state
@@ -128,6 +129,8 @@ class BlockDecoder(Decoder):
             raise ValueError(f"cache = {cache!r} does not fit a model with attention {spec.attention!r}")
         if cache != "none" and plain:
             raise ValueError(f"cache must be 'none' for {type(model).__name__}, whose attention cannot be replaced")
+        if self.form == "pages" and not blocks:
+            raise ValueError(f"form = 'pages' does not fit a model with attention {spec.attention!r}")
         block = self.block_length or spec.block_size or 32
         if blocks and block != spec.block_size:
             raise ValueError(f"block_length must be the model's block size {spec.block_size}, got {block}")
@@ -138,7 +141,7 @@ class BlockDecoder(Decoder):
         if self.least_chance is not None:
             return replace(layout, least_chance=self.least_chance)
         # Copies cost more than states of a tree, and are for comparison.
-        cost = cost_model(model) if self.form == "tree" else CostModel()
+        cost = cost_model(model) if self.form != "copy" else CostModel()
         return replace(layout, least_chance=LEAST_CHANCE, pace=Pace(cost), chain=self.chain)
 
     def _ahead(self, block: int) -> int:
@@ -147,8 +150,8 @@ class BlockDecoder(Decoder):
     def _engine(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Canvas]) -> Engine:
         if not runs_on_kernels(model):
             return PlainEngine(model, layout.spec)
-        kind = TreeEngine if self.form == "tree" else CopyEngine
-        engine = kind(model, layout.spec, len(rows), max(row.size for row in rows) + 64)
+        form = self.form or ("pages" if layout.spec.attention == "block_causal" else "tree")
+        engine = _ENGINES[form](model, layout.spec, len(rows), max(row.size for row in rows) + 64)
         if layout.cache == "block":
             for row in rows:
                 row.held = row.prompt // layout.block * layout.block

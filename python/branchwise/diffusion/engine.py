@@ -14,6 +14,7 @@ from .. import ops
 from ..attention import pack_mask
 from ..cache import KVStore
 from ..forward import StoredModel
+from .branches import BlockRows
 from .model import block_pattern
 from .spec import DiffusionSpec
 from .window import Kind, Predictions, Window
@@ -143,8 +144,7 @@ class TreeEngine:
             tokens[b, :n], positions[b, :n], sees[b, :n, :n] = window.tokens, window.positions, window.sees
         nodes = [np.flatnonzero(window.wanted) - self.spec.shift for window in windows]
         wanted = np.unique(np.concatenate(nodes)).tolist() or [0]
-        mask = pack_mask(torch.from_numpy(sees))
-        logits = self._target.forward(torch.from_numpy(tokens), torch.from_numpy(positions), mask, wanted=wanted)
+        logits = self._forward(torch.from_numpy(tokens), torch.from_numpy(positions), sees, wanted)
         place = [torch.from_numpy(np.searchsorted(wanted, own)) for own in nodes]
         return [reader.read(rows[b], window, logits[b, place[b]]) for b, window in enumerate(windows)]
 
@@ -160,9 +160,26 @@ class TreeEngine:
     def select_rows(self, rows: list[int]) -> None:
         self.store.select_rows(rows)
 
+    def _forward(self, tokens: Tensor, positions: Tensor, sees: np.ndarray, wanted: Sequence[int]) -> Tensor:
+        """Logits [B, len(wanted), V] of nodes i64[B, T] that see each other by bool[B, T, T]."""
+        return self._target.forward(tokens, positions, pack_mask(torch.from_numpy(sees)), wanted=wanted)
+
     def _hold(self, held: Sequence[int]) -> None:
         """What rows build on: nothing, where the whole text is seen anew."""
         self.store.set_lengths(torch.tensor(held, dtype=torch.int32))
+
+
+class PageEngine(TreeEngine):
+    """The same for block-causal models, whose blocks are rows of the attention: see :class:`BlockRows`."""
+
+    def __init__(self, model: PreTrainedModel, spec: DiffusionSpec, batch_size: int, capacity: int) -> None:
+        super().__init__(model, spec, batch_size, capacity)
+        self._blocks = BlockRows(spec.block_size)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, sees: np.ndarray, wanted: Sequence[int]) -> Tensor:
+        self._blocks.plan(self.store.seq_lens.tolist(), sees)
+        self._target.kv = self._blocks  # not for prompts, which have no branches
+        return self._target.forward(tokens, positions, wanted=wanted)
 
 
 class CopyEngine(TreeEngine):
