@@ -64,13 +64,9 @@ def decoders(attention: str) -> dict[str, tuple[Any, str]]:
                 found[f"{cache}: {name}, FreeDave 8, chain"] = (FreeDave(rule, 8, **chain), static)
                 found[f"{cache}: {name}, FreeDave 8, chain, not eager"] = (FreeDave(rule, 8, False, **chain), static)
                 for form, said in {"copy": "copies", "tree": "tree mask"}.items():
-                    if attention == "full" and form == "tree":
-                        continue  # the default there
                     dave = FreeDave(rule, 8, cache=cache, form=form, least_chance=0.05)
                     found[f"{cache}: {name}, FreeDave 8, {said}"] = (dave, static)
-                if attention == "block_causal":
-                    found[f"{cache}: {name}, tree mask"] = (BlockDecoder(rule, cache=cache, form="tree"), static)
-                    found[f"{cache}: {name}, FreeDave, tree mask"] = (FreeDave(rule, cache=cache, form="tree"), static)
+                found[f"{cache}: {name}, tree mask"] = (BlockDecoder(rule, cache=cache, form="tree"), static)
         reference = f"{cache}: one per step"
         found[f"{cache}: entropy 0.35"] = (BlockDecoder(EntropyBudget(0.35), cache=cache), reference)
         found[f"{cache}: half the steps"] = (

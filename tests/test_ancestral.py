@@ -151,6 +151,17 @@ def test_larger_scales_and_more_candidates_raise_the_reward():
     assert share[8] > share[1] + 0.05
 
 
+def test_inside_inference_mode():
+    """Whose tensors take no part in gradients."""
+    m, (ids, mask) = model("full"), prompts()
+    outs = []
+    for mode in (False, True):
+        guided = RewardGuidedSampling(lambda soft: (soft * soft).sum(-1), 5, (3.0, 9.0), 2, seed=4)
+        with torch.inference_mode(mode):
+            outs.append(decode(m, guided, ids, mask))
+    assert torch.equal(*outs)
+
+
 def test_the_pick_is_a_draw_not_the_best():
     """Two candidates whose rewards differ by log 3 are picked three to one; equal ones evenly."""
     sampler = RewardGuidedSampling(None, 4, candidates=2)

@@ -174,7 +174,7 @@ def test_forms_agree(attention, cache):
     m, length = model(attention), length_of(attention)
     ids, mask = prompts()
     outs, forwards = [], []
-    for form in ("tree", "copy", None):
+    for form in ("pages", "tree", "copy"):
         dave = FreeDave(None, 6, block_length=length, cache=cache, form=form, least_chance=0.05)
         outs.append(decode(m, dave, ids, mask))
         forwards.append(dave.stats.forwards)
@@ -418,8 +418,6 @@ def test_refuses():
     }.items():
         with pytest.raises(ValueError, match=message):
             decode(m, decoder, ids, mask)
-    with pytest.raises(ValueError, match="form = 'pages' does not fit a model with attention 'full'"):
-        decode(model("full"), FreeDave(form="pages"), ids, mask)
     with pytest.raises(ValueError, match="return_dict_in_generate=True is not supported"):
         decode(m, FreeDave(), ids, mask, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="input_ids of row 1 hold the mask, 1"):

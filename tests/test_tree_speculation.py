@@ -235,6 +235,16 @@ def test_long_prompts_are_prefilled_in_chunks(monkeypatch):
         assert torch.equal(plain, ours)
 
 
+@pytest.mark.parametrize("drafter", ["auto", "trie", "token_recycling", "lookahead"])
+def test_inside_inference_mode(drafter):
+    """Stores that are kept between calls serve calls in either mode."""
+    model, (ids, mask) = tiny.model("llama"), tiny.prompts(2, 30)
+    expected, kept = run(model, ids, mask), bw.TreeSpeculation(drafter)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            assert torch.equal(run(model, ids, mask, kept), expected)
+
+
 def test_num_return_sequences():
     ids, mask = tiny.prompts(2, 28)
     out = run(tiny.model("llama"), ids, mask, decoder(), do_sample=True, num_return_sequences=3)

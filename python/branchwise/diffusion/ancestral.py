@@ -175,7 +175,7 @@ class Chain:
         # Beyond the first block with masks, too: the whole text as one state with nodes of its own.
         n = len(text)
         window = Window.of(Kind.LOOK, text[None].numpy(), 0, 0, self.spec.mask_id, 0, n, 0)
-        window.block = self.spec.block_size
+        window.block, window.width = self.spec.block_size, 1
         window.sees = block_pattern(n, window.block or n)
         return window
 
@@ -243,10 +243,12 @@ class RewardGuidedSampling(AncestralSampling):
             return logits
         never = torch.tensor(chain.spec.never_said)
         log_probs = logits.float().index_fill(1, never, -torch.inf).log_softmax(-1)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            # Clones, as the caller may be in inference mode, whose tensors take no part in gradients.
+            at, text = at.clone(), chain.texts[row].clone()
             # The excluded ones have probability 0 and no gradient.
-            moved = log_probs.clamp(min=-1e6).requires_grad_(True)
-            soft = torch.nn.functional.one_hot(chain.texts[row], logits.shape[1]).float()
+            moved = log_probs.clone().clamp(min=-1e6).requires_grad_(True)
+            soft = torch.nn.functional.one_hot(text, logits.shape[1]).float()
             soft = soft.index_copy(0, at, moved.softmax(-1))
             total = self.reward(soft[None])[0, at].sum()
             (gradient,) = torch.autograd.grad(total, moved)

@@ -51,9 +51,9 @@ class BlockDecoder(Decoder):
             :class:`branchwise.diffusion.layout.Layout`; None: "block" or "none". "prefix" and "dual" change the text,
             the others don't.
         spec: what the model is; None: :func:`branchwise.diffusion.spec_of`.
-        form: "pages", blocks as rows of one forward that name the same pages of keys (block-causal models): a state is
-            seen bit for bit as in a forward of its own. "tree", states as branches of one mask. "copy", states as rows
-            of a batch with keys of their own, slower and for comparison. None: "pages" where possible, else "tree".
+        form: how states of one forward attend. "pages", as rows that name the same pages of keys: each is seen bit for
+            bit as in a forward of its own. "tree", as branches of one mask. "copy", as rows of a batch with keys of
+            their own, for comparison.
         seed: of the noise, see :func:`branchwise.noise.row_seeds`.
         on_state: called with a row's number and its tokens i64[n] after every forward.
 
@@ -75,7 +75,7 @@ class BlockDecoder(Decoder):
         block_length: int | None = None,
         cache: str | None = None,
         spec: DiffusionSpec | None = None,
-        form: str | None = None,
+        form: str = "pages",
         seed: Seed = None,
         on_state: Callable[[int, Tensor], None] | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class BlockDecoder(Decoder):
             raise ValueError(f"block_length must be at least 1, got {block_length}")
         if cache is not None and cache not in CACHES:
             raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
-        if form is not None and form not in _ENGINES:
+        if form not in _ENGINES:
             raise ValueError(f"form must be one of {', '.join(_ENGINES)}, got {form!r}")
         self.rule = Static() if rule is None else rule
         self.block_length, self.cache, self.spec = block_length, cache, spec
@@ -129,8 +129,6 @@ class BlockDecoder(Decoder):
             raise ValueError(f"cache = {cache!r} does not fit a model with attention {spec.attention!r}")
         if cache != "none" and plain:
             raise ValueError(f"cache must be 'none' for {type(model).__name__}, whose attention cannot be replaced")
-        if self.form == "pages" and not blocks:
-            raise ValueError(f"form = 'pages' does not fit a model with attention {spec.attention!r}")
         block = self.block_length or spec.block_size or 32
         if blocks and block != spec.block_size:
             raise ValueError(f"block_length must be the model's block size {spec.block_size}, got {block}")
@@ -150,8 +148,7 @@ class BlockDecoder(Decoder):
     def _engine(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Canvas]) -> Engine:
         if not runs_on_kernels(model):
             return PlainEngine(model, layout.spec)
-        form = self.form or ("pages" if layout.spec.attention == "block_causal" else "tree")
-        engine = _ENGINES[form](model, layout.spec, len(rows), max(row.size for row in rows) + 64)
+        engine = _ENGINES[self.form](model, layout.spec, len(rows), max(row.size for row in rows) + 64)
         if layout.cache == "block":
             for row in rows:
                 row.held = row.prompt // layout.block * layout.block

@@ -14,7 +14,7 @@ from .. import ops
 from ..attention import pack_mask
 from ..cache import KVStore
 from ..forward import StoredModel
-from .branches import BlockRows
+from .branches import GroupRows
 from .model import block_pattern
 from .spec import DiffusionSpec
 from .window import Kind, Predictions, Window
@@ -138,13 +138,12 @@ class TreeEngine:
         T = max(len(window.tokens) for window in windows)
         tokens = np.full((len(windows), T), self.spec.mask_id)
         positions = np.zeros((len(windows), T), np.int64)
-        sees = np.eye(T, dtype=bool)[None].repeat(len(windows), 0)
         for b, window in enumerate(windows):
             n = len(window.tokens)
-            tokens[b, :n], positions[b, :n], sees[b, :n, :n] = window.tokens, window.positions, window.sees
+            tokens[b, :n], positions[b, :n] = window.tokens, window.positions
         nodes = [np.flatnonzero(window.wanted) - self.spec.shift for window in windows]
         wanted = np.unique(np.concatenate(nodes)).tolist() or [0]
-        logits = self._forward(torch.from_numpy(tokens), torch.from_numpy(positions), sees, wanted)
+        logits = self._forward(windows, torch.from_numpy(tokens), torch.from_numpy(positions), wanted)
         place = [torch.from_numpy(np.searchsorted(wanted, own)) for own in nodes]
         return [reader.read(rows[b], window, logits[b, place[b]]) for b, window in enumerate(windows)]
 
@@ -160,9 +159,13 @@ class TreeEngine:
     def select_rows(self, rows: list[int]) -> None:
         self.store.select_rows(rows)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, sees: np.ndarray, wanted: Sequence[int]) -> Tensor:
-        """Logits [B, len(wanted), V] of nodes i64[B, T] that see each other by bool[B, T, T]."""
-        return self._target.forward(tokens, positions, pack_mask(torch.from_numpy(sees)), wanted=wanted)
+    def _forward(self, windows: Sequence[Window], tokens: Tensor, positions: Tensor, wanted: Sequence[int]) -> Tensor:
+        """Logits [B, len(wanted), V] of the windows' nodes, and of more up to the longest, i64[B, T]."""
+        sees = torch.eye(tokens.shape[1], dtype=torch.bool).repeat(len(windows), 1, 1)
+        for b, window in enumerate(windows):
+            n, groups = len(window.tokens), window.sees
+            sees[b, :n, :n] = groups.repeat_interleave(window.width, 0).repeat_interleave(window.width, 1)
+        return self._target.forward(tokens, positions, pack_mask(sees), wanted=wanted)
 
     def _hold(self, held: Sequence[int]) -> None:
         """What rows build on: nothing, where the whole text is seen anew."""
@@ -170,15 +173,15 @@ class TreeEngine:
 
 
 class PageEngine(TreeEngine):
-    """The same for block-causal models, whose blocks are rows of the attention: see :class:`BlockRows`."""
+    """The same, with states, or blocks of them, as rows of the attention: see :class:`GroupRows`."""
 
     def __init__(self, model: PreTrainedModel, spec: DiffusionSpec, batch_size: int, capacity: int) -> None:
         super().__init__(model, spec, batch_size, capacity)
-        self._blocks = BlockRows(spec.block_size)
+        self._rows = GroupRows()
 
-    def _forward(self, tokens: Tensor, positions: Tensor, sees: np.ndarray, wanted: Sequence[int]) -> Tensor:
-        self._blocks.plan(self.store.seq_lens.tolist(), sees)
-        self._target.kv = self._blocks  # not for prompts, which have no branches
+    def _forward(self, windows: Sequence[Window], tokens: Tensor, positions: Tensor, wanted: Sequence[int]) -> Tensor:
+        self._rows.plan(windows)
+        self._target.kv = self._rows  # not for prompts, which have no states
         return self._target.forward(tokens, positions, wanted=wanted)
 
 

@@ -15,8 +15,8 @@ class FreeDave(BlockDecoder):
     A forward sees the next ``draft_length`` states of a row, all made from the last predictions; the first is certain.
     Where the step from a right state gives the next one, that is right, too. So a forward proves one step at least and
     as many as agree. States share the keys before them. Exact in real arithmetic for every rule and cache, and to the
-    bit for block-causal models whose linear layers give a row the same bits among more rows; elsewhere near-ties may
-    fall otherwise, as forwards of another width round differently.
+    bit where the model's linear layers give a row the same bits among more rows; elsewhere near-ties may fall
+    otherwise.
 
     Beyond the published loop: keys of finished blocks are taken from the forward that proved them instead of a
     forward of their own, and predictions for the next block are carried over, so that blocks need no first forward.

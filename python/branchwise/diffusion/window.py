@@ -44,8 +44,9 @@ class Window:
         states: i64[k, W].
         start: position of the first token.
         block: tokens that see each other, 0 for all.
+        width: nodes that lie side by side and see each other: a block's, or a state's.
         nodes: i64[k, W], which node a token is; -1: none.
-        sees: bool[n, n], of the nodes.
+        sees: bool[n / width, n / width], which groups of so many nodes see which.
         wanted: bool[n], masks whose predictions matter.
         tokens, positions: i64[n].
         held: slots of the row's store that it builds on.
@@ -55,6 +56,7 @@ class Window:
     states: Tensor
     start: int
     block: int
+    width: int
     nodes: Tensor
     sees: Tensor
     wanted: Tensor
@@ -82,8 +84,9 @@ class Window:
             nodes, sees = _tree_of_blocks(states, current - start, block, mask_id, ahead_below)
         else:
             nodes, sees = _side_by_side(states)
+        width = block or states.shape[1]
         there = nodes >= 0
-        tokens, positions = np.zeros(len(sees), np.int64), np.zeros(len(sees), np.int64)
+        tokens, positions = np.zeros(len(sees) * width, np.int64), np.zeros(len(sees) * width, np.int64)
         tokens[nodes[there]] = states[there]
         positions[nodes[there]] = there.nonzero()[1] + start
         wanted = (tokens == mask_id) & (positions >= current) & (positions < limit)
@@ -93,6 +96,7 @@ class Window:
             tensor(states),
             start,
             block,
+            width,
             nodes=tensor(nodes),
             sees=tensor(sees),
             wanted=tensor(wanted),
@@ -113,8 +117,7 @@ class Window:
 
 def _side_by_side(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     k, W = states.shape
-    state = np.arange(k * W) // W
-    return np.arange(k * W).reshape(k, W), state[:, None] == state
+    return np.arange(k * W).reshape(k, W), np.eye(k, dtype=bool)
 
 
 def _tree_of_blocks(
@@ -140,13 +143,9 @@ def _tree_of_blocks(
                 paths.append([*path, known[key]])
             path.append(known[key])
             nodes[i, begin : begin + block] = np.arange(known[key], known[key] + block)
-    n = base + len(paths) * block
-    sees = np.zeros((n, n), bool)
-    before = np.arange(base) // block
-    sees[:base, :base] = before[:, None] >= before
-    for path in paths:
-        own = slice(path[-1], path[-1] + block)
-        sees[own, :base] = True
-        for first in path:
-            sees[own, first : first + block] = True
+    shared = base // block
+    sees = np.zeros((shared + len(paths), shared + len(paths)), bool)
+    sees[:, :shared] = np.tri(len(sees), shared, dtype=bool)
+    for i, path in enumerate(paths, start=shared):
+        sees[i, [first // block for first in path]] = True
     return nodes, sees
