@@ -79,7 +79,8 @@ class _Call:
         for held, seen in zip(self._held, self._seen, strict=True):
             lens += [held + (sum(others) - 1) * width for others in seen] + [0] * (self._groups - len(seen))
         self.lens = torch.tensor(lens, dtype=torch.int32)
-        self.mask = _each_other(len(lens), width)
+        mask = _each_other(width)
+        self.mask = mask if len(lens) == 1 else mask.repeat(len(lens), 1, 1)
         self._tables: dict[int, Tensor] = {}
 
     def table(self, slots: int) -> Tensor:
@@ -103,6 +104,6 @@ def _as_pages(cache: Tensor, size: int) -> Tensor:
     return cache.as_strided((((B - 1) * Hkv + 1) * S // size, Hkv, size, D), (size * D, S * D, D, 1))
 
 
-@lru_cache(64)
-def _each_other(rows: int, width: int) -> Tensor:
-    return pack_mask(torch.ones(1, width, width, dtype=torch.bool)).repeat(rows, 1, 1)
+@lru_cache(8)
+def _each_other(width: int) -> Tensor:
+    return pack_mask(torch.ones(1, width, width, dtype=torch.bool))
