@@ -2,10 +2,11 @@
 
 Method: for every prompt of six kinds (bench/prompts.py), the decoders run in turn in one process, each with
 --max-new-tokens greedy tokens; that is repeated --repeats times and medians are taken per prompt. "cold" is a new
-TreeSpeculation("trie") per prompt (empty; what a forward costs was learned on the prompts before, as in any running
-process); "warm" asks the same prompt again. Decode speed counts tokens after the first, from the moment the first one
-arrived, so that the prompt's forward, which is the same for all, does not dilute the ratios; total speed has it in.
-In bf16 two correct decoders may emit different texts; speed is tokens over seconds of each one's own text.
+TreeSpeculation() per prompt, or one with the drafter of --drafter (empty; what a forward costs was learned on the
+prompts before, as in any running process); "warm" asks the same prompt again. Decode speed counts tokens after the
+first, from the moment the first one arrived, so that the prompt's forward, which is the same for all, does not dilute
+the ratios; total speed has it in. In bf16 two correct decoders may emit different texts; speed is tokens over seconds
+of each one's own text.
 
 How to read: "x plain" is the ratio of decode speeds, kind by kind as the ratio of summed times per token; "t/fwd" is
 tokens per forward; "same" counts prompts whose text equals plain generate's; "gap" is the largest logit by which plain
@@ -13,10 +14,11 @@ generate would have preferred another token anywhere in our text (0 in fp32; nea
 
 Artefacts: two shared cores make single runs vary by 10 % and more; ratios of medians vary by a few per cent.
 
-Reference, 2026-11-21, 2 cores of an AMD EPYC (AVX-512-BF16), torch 2.13, transformers 5.23, decode speed over plain,
-prompt lookup / cold / warm: fp32 code 1.10/1.29/6.8, math 1.03/1.33/5.1, edit 2.76/3.32/7.8, summary 0.97/1.21/5.9,
-structured 1.85/2.41/5.9, chat 0.91/1.05/7.2; bf16 code 1.37/1.55/6.9, math 1.53/1.83/5.7, edit 3.61/4.94/8.5, summary
-1.32/1.59/4.3, structured 2.74/3.19/7.1, chat 1.08/1.13/3.2. Largest gap in bf16: 0.25.
+Reference, 2026-11-23, 2 cores of an AMD EPYC (AVX-512-BF16), torch 2.13, transformers 5.23, "auto", decode speed over
+plain, prompt lookup / cold / warm: fp32 code 1.01/1.24/8.1, math 0.88/1.34/7.6, edit 2.36/3.15/9.1, summary
+0.95/1.26/8.5, structured 1.97/2.33/9.0, chat 0.89/1.03/8.9; bf16 code 1.39/1.63/4.2, math 1.58/2.24/4.2, edit
+3.72/6.86/15.9, summary 1.37/1.64/2.7, structured 2.80/3.49/13.0, chat 1.07/1.15/3.3. Largest gap in bf16: 0.25. With
+--drafter trie two days before: bench/results/decode-*-2026-11-21.json.
 """
 
 from __future__ import annotations
@@ -59,12 +61,14 @@ def timed(model: Any, inputs: Any, new_tokens: int, **options: Any) -> tuple[tor
     return out, end - clock.first, end - begun
 
 
-def measure(model: Any, tokenizer: Any, prompt: str, new_tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
+def measure(
+    model: Any, tokenizer: Any, prompt: str, drafter: str, new_tokens: int, repeats: int
+) -> dict[str, dict[str, Any]]:
     inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(repeats):
-        spec = bw.TreeSpeculation("trie")
+        spec = bw.TreeSpeculation(drafter)
         for name, options in (
             ("plain", {}),
             ("prompt lookup", {"prompt_lookup_num_tokens": 10}),
@@ -94,12 +98,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--held-out", action="store_true", help="prompts that the trie's defaults were not tuned on")
+    parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--held-out", action="store_true", help="prompts that drafters' defaults were not tuned on")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
     kinds = prompts.held_out() if options.held_out else prompts.by_kind()
     series = "decode-held-out" if options.held_out else "decode"
-    machine = facts.machine()
+    machine = facts.machine() | {"drafter": options.drafter}
     print(machine)
     for dtype in options.dtypes:
         rows = []
@@ -112,7 +117,10 @@ def main() -> None:
             f"{'warm':>7s}   (x plain, decode)"
         )
         for kind, texts in kinds.items():
-            results = [measure(model, tokenizer, text, options.max_new_tokens, options.repeats) for text in texts]
+            results = [
+                measure(model, tokenizer, text, options.drafter, options.max_new_tokens, options.repeats)
+                for text in texts
+            ]
             mean = {
                 key: {name: sum(r[name][key] for r in results) / len(results) for name in results[0]}
                 for key in ("decode", "total")
