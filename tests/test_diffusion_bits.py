@@ -37,7 +37,7 @@ class Logits:
         return logits.clone()
 
 
-def windows_of(states, block, held, **options):
+def windows_of(states, block, held):
     """All states in one window, and each in one of its own, of a text whose first ``held`` tokens are kept."""
     common = {"start": held, "block": block, "mask_id": MASK, "current": held + block, "limit": 10**6, "held": held}
     whole = Window.of(Kind.VERIFY, states, **common, ahead_below=block)
@@ -60,21 +60,18 @@ def test_a_state_has_the_bits_of_a_forward_of_its_own(block, held, dtype):
         states[1, block + 1] = states[2, block + 2] = states[3, -block + 1] = 7
         windows.append(windows_of(states, block, len(prefix)))
 
-    def ask(engine, rows, windows):
-        return engine.ask(rows, windows, Logits())
-
     def differing(kind):
         """Values of all states' logits that are others among states of two rows than alone."""
         found = 0
         together = kind(m, spec_of(m), 2, 2048)
         together.prefill(prefixes, block)
-        outs = ask(together, [0, 1], [whole for whole, _ in windows])
+        outs = together.ask([0, 1], [whole for whole, _ in windows], Logits())
         for (whole, alone), prefix, out in zip(windows, prefixes, outs, strict=True):
             single = kind(m, spec_of(m), 1, 1024)
             single.prefill([prefix], block)
             number = np.cumsum(whole.wanted.numpy()) - 1  # of a node's logits
             for i, window in enumerate(alone):
-                own = ask(single, [0], [window])[0]
+                own = single.ask([0], [window], Logits())[0]
                 at = torch.nonzero((window.nodes[0] >= 0) & (whole.nodes[i] >= 0)).flatten()
                 at = at[window.wanted[window.nodes[0, at]]]
                 mine = (np.cumsum(window.wanted.numpy()) - 1)[window.nodes[0, at]]

@@ -14,7 +14,7 @@ from .. import ops
 from ..attention import pack_mask
 from ..cache import KVStore
 from ..forward import StoredModel
-from .branches import GroupRows
+from .group_rows import GroupRows
 from .model import block_pattern
 from .spec import DiffusionSpec
 from .window import Kind, Predictions, Window
