@@ -99,11 +99,12 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--drafter", default="auto")
-    parser.add_argument("--held-out", action="store_true", help="prompts that drafters' defaults were not tuned on")
+    parser.add_argument("--held-out", action="store_true", help="prompts that the trie's defaults were not tuned on")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
     kinds = prompts.held_out() if options.held_out else prompts.by_kind()
     series = "decode-held-out" if options.held_out else "decode"
+    series += "" if options.drafter == "auto" else f"-{options.drafter}"
     machine = facts.machine() | {"drafter": options.drafter}
     print(machine)
     for dtype in options.dtypes:

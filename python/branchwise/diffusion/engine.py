@@ -175,13 +175,8 @@ class TreeEngine:
 class PageEngine(TreeEngine):
     """The same, with states, or blocks of them, as rows of the attention: see :class:`GroupRows`."""
 
-    def __init__(self, model: PreTrainedModel, spec: DiffusionSpec, batch_size: int, capacity: int) -> None:
-        super().__init__(model, spec, batch_size, capacity)
-        self._rows = GroupRows()
-
     def _forward(self, windows: Sequence[Window], tokens: Tensor, positions: Tensor, wanted: Sequence[int]) -> Tensor:
-        self._rows.plan(windows)
-        self._target.kv = self._rows  # not for prompts, which have no states
+        self._target.kv = GroupRows(windows)  # not for prompts, which have no states
         return self._target.forward(tokens, positions, wanted=wanted)
 
 

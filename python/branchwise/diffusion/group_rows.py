@@ -16,7 +16,7 @@ from .window import Window
 
 
 class GroupRows:
-    """A :class:`branchwise.attention.LayerPolicy` for the windows of a forward.
+    """A :class:`branchwise.attention.LayerPolicy` for one forward, over these windows of its rows.
 
     Nodes come in groups that see each other, what is kept and some of the groups before them. Here every group is a row
     of :func:`branchwise.ops.cascade_attention`, over pages of the store's slots in the order of the text. A row of that
@@ -25,13 +25,7 @@ class GroupRows:
     what states do not see.
     """
 
-    def __init__(self) -> None:
-        self._calls: list[_Call] = []
-        # Of a layer and a page size: its keys, and both caches as pages.
-        self._views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-
-    def plan(self, windows: Sequence[Window]) -> None:
-        """What the next forward is about."""
+    def __init__(self, windows: Sequence[Window]) -> None:
         widths = sorted({window.width for window in windows})
         self._calls = [
             _Call(width, [b for b, w in enumerate(windows) if w.width == width], windows) for width in widths
@@ -53,10 +47,7 @@ class GroupRows:
         B, Hq, T, D = query.shape
         if part.width < T:
             query = query.transpose(1, 2).reshape(-1, part.width, Hq, D).transpose(1, 2)
-        key, size = (call.layer, part.page_size), part.page_size
-        if key not in self._views or self._views[key][0] is not call.keys:
-            self._views[key] = (call.keys, _as_pages(call.keys, size), _as_pages(call.values, size))
-        _, keys, values = self._views[key]
+        keys, values = _as_pages(call.keys, part.page_size), _as_pages(call.values, part.page_size)
         table = part.table(call.keys.shape[1] * call.keys.shape[2])
         out, _ = ops.cascade_attention(
             query, keys, values, part.lens, table, part.mask, scale=call.scale, sinks=call.sinks, softcap=call.softcap
