@@ -19,6 +19,10 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "Tensor page_table, Tensor? tree_mask=None, float? scale=None, int window=0, Tensor? "
       "sinks=None, float softcap=0.) -> (Tensor, Tensor)");
   m.def(
+      "path_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, Tensor? "
+      "tree_mask=None, Tensor? page_table=None, float? scale=None, int window=0, Tensor? "
+      "sinks=None, float softcap=0.) -> (Tensor, Tensor)");
+  m.def(
       "sparse_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, "
       "Tensor? "
       "indices=None, Tensor? counts=None, int unit=1, Tensor? segment_offsets=None, Tensor? "

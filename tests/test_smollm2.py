@@ -74,12 +74,50 @@ def check_near_ties(texts, new_tokens):
     assert worst <= bound, f"largest gap {worst}, bound {bound}"
 
 
+def check_determinism(texts, new_tokens, batch_size):
+    """bf16: one text per prompt, whatever is drafted, remembered or decoded beside it."""
+    model, tokenizer = smollm2(torch.bfloat16)
+    spec, alone = bw.TreeSpeculation(), {}
+    for text in texts:
+        inputs = encode(tokenizer, [text])
+        plain = generate(model, inputs, new_tokens, bw.TreeSpeculation("none")).sequences
+        for decoder in (spec, spec, bw.TreeSpeculation("suffix", max_nodes=48, adaptive=False)):
+            assert torch.equal(generate(model, inputs, new_tokens, decoder).sequences, plain)
+        alone[text] = plain[0, inputs["input_ids"].shape[1] :].tolist()
+    for batch in prompts.ragged_batches(texts, batch_size):
+        inputs = encode(tokenizer, batch)
+        ours = generate(model, inputs, new_tokens, spec).sequences[:, inputs["input_ids"].shape[1] :]
+        for text, row in zip(batch, ours.tolist(), strict=True):
+            assert row[: len(alone[text])] == alone[text]
+
+
 def test_fp32_equals_plain_generate():
     check_singles_and_batches([*PROMPTS.values(), prompts.open_chat()[1]], 24, 4)
 
 
 def test_bf16_differs_only_at_near_ties():
     check_near_ties(list(PROMPTS.values()), 32)
+
+
+def test_bf16_texts_depend_on_nothing_but_the_prompt():
+    check_determinism(list(PROMPTS.values()), 48, 3)
+
+
+def test_bf16_logits_depend_on_nothing_but_the_text():
+    model, tokenizer = smollm2(torch.bfloat16)
+    inputs = encode(tokenizer, [next(iter(PROMPTS.values()))])
+    logits = {}
+    for deterministic in (True, False):
+        for drafter in ("none", "suffix"):
+            spec = bw.TreeSpeculation(drafter, adaptive=False, deterministic=deterministic)
+            logits[deterministic, drafter] = torch.stack(generate(model, inputs, 16, spec, output_logits=True).logits)
+    assert torch.equal(logits[True, "none"], logits[True, "suffix"])
+    assert not torch.equal(logits[False, "none"], logits[False, "suffix"])  # positive control
+
+
+@pytest.mark.slow
+def test_bf16_texts_depend_on_nothing_but_the_prompt_on_24_prompts():
+    check_determinism([text for kind in prompts.by_kind().values() for text in kind], 128, 4)
 
 
 @pytest.mark.slow

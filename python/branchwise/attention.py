@@ -37,6 +37,7 @@ class AttentionPlan:
     tree: TokenTree | None = None  # what is being verified
     prompt_ends: Tensor | None = None  # i32[B], of a prompt's chunk: how many of the T tokens are each row's own
     last_chunk: bool = False  # of a prompt: no row has more
+    by_path: bool = False  # keys are summed in the order of each node's text
     kv: LayerPolicy | None = None  # decides what layers attend to and keep
     store: KVStore | None = None
     calls: int = 0  # attention layers that ran
@@ -66,7 +67,8 @@ class LayerCall:
         if self.shares_pages:
             assert self.page_table is not None
             return ops.cascade_attention(*where, self.page_table, self.plan.tree_mask, **options)
-        return ops.tree_attention(*where, self.plan.tree_mask, page_table=self.page_table, **options)
+        op = ops.path_attention if self.plan.by_path else ops.tree_attention
+        return op(*where, self.plan.tree_mask, page_table=self.page_table, **options)
 
     def sparse(self, indices: Tensor | None, counts: Tensor | None, **options: Any) -> Tensor:
         """:func:`branchwise.ops.sparse_attention` to a part of them: out [B, Hq, T, D]."""

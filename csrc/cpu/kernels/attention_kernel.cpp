@@ -37,7 +37,7 @@ const T* query_row(const AttentionArgs& a, const AttentionUnit& u, int64_t r) {
   const int64_t G = a.Hq / a.Hkv;
   const auto [batch, row] = unit_row(u, r);
   return static_cast<const T*>(a.query) + batch * a.q_stride[0] +
-         (u.kv_head * G + row % G) * a.q_stride[1] + row / G * a.q_stride[2];
+         (u.kv_head * G + row % G) * a.q_stride[1] + token_of(a, u, row) * a.q_stride[2];
 }
 
 void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
@@ -66,9 +66,17 @@ void run_shared(const AttentionArgs& a, const AttentionUnit& u, float* scratch) 
     pack_many_rows<T, decltype(product)>(rows, a.D, scratch,
                                          [&](int64_t r) { return query_row<T>(a, u, r); });
     float* rest = scratch + query_floats(rows, a.D);
-    if (rows <= kLanes) return run_many_rows<T, decltype(product)>(a, u, scratch, rest);
+    const int64_t ld = few_rows_stride(a.D);
+    if (rows <= kLanes) {
+      for (int64_t r = 0; u.begun != nullptr && r < rows; ++r)
+        __builtin_memcpy(u.partial + r * ld, u.begun[r].out(ld), sizeof(float) * ld);
+      return run_many_rows<T, decltype(product)>(a, u, scratch, rest);
+    }
     AttentionUnit lanes = u;
     lanes.partial = scratch + scratch_floats(rows, a.D);
+    if (u.begun != nullptr)
+      pack_many_rows<float, Fp32Product>(rows, a.D, lanes.partial,
+                                         [&](int64_t r) { return u.begun[r].out(ld); });
     run_many_rows<T, decltype(product)>(a, lanes, scratch, rest);
     transpose_partial(lanes.partial, rows, a.D, u.partial);
   });
@@ -77,9 +85,43 @@ void run_shared(const AttentionArgs& a, const AttentionUnit& u, float* scratch) 
 void merge_shared(const AttentionArgs& a, int64_t batch, const AttentionUnit* units,
                   const SharedPiece* pieces, int64_t count) {
   by_type(a.type, [&](auto type) {
-    merge_rows<decltype(type)>(a, batch, units[pieces[0].unit], count, [&](int64_t s) {
-      const AttentionUnit& u = units[pieces[s].unit];
-      return RowPartial{u.partial, u.rows(), pieces[s].place * int64_t{u.row_end - u.row_begin}};
+    merge_rows<decltype(type)>(a, batch, units[pieces[0].unit], count, [&](int64_t r) {
+      return [=](int64_t s) {
+        const AttentionUnit& u = units[pieces[s].unit];
+        return RowPartial{u.partial, u.rows(), pieces[s].place * (u.row_end - u.row_begin) + r};
+      };
+    });
+  });
+}
+
+void run_path(const AttentionArgs& args, const PathRows& p, float* scratch) {
+  AttentionArgs a = args;  // along a path, what a node sees is what came before it
+  a.tree_mask = nullptr;
+  a.depths = nullptr;
+  const int64_t G = a.Hq / a.Hkv, rows = p.own->row_end - p.own->row_begin;
+  // What shared units have of a row, stretch after stretch.
+  const auto shared_of = [&](int64_t r) {
+    const int64_t row = p.own->row_begin + r, packed = token_of(a, *p.own, row) * G + row % G;
+    const AttentionUnit* first = p.shared + packed / p.block_rows;
+    return [=, blocks = p.blocks, place = packed % p.block_rows](int64_t stretch) {
+      const AttentionUnit& u = first[stretch * blocks];
+      return RowPartial{u.partial, u.row_end - u.row_begin, place};
+    };
+  };
+  RowPartial begun[kPathRows];
+  for (int64_t r = 0; p.continues && r < rows; ++r) begun[r] = shared_of(r)(p.stretches);
+  if (p.continues) p.own->begun = begun;
+  float* partial = scratch + shared_scratch_floats(rows, a.D);
+  for (int64_t i = 0; i < p.num_own; ++i, partial += partial_floats(rows, a.D)) {
+    p.own[i].partial = partial;
+    run_shared(a, p.own[i], scratch);
+  }
+  by_type(a.type, [&](auto type) {
+    merge_rows<decltype(type)>(a, p.own->batch, *p.own, p.stretches + p.num_own, [&](int64_t r) {
+      return [&, r, shared = shared_of(r)](int64_t s) {
+        if (s < p.stretches) return shared(s);
+        return RowPartial{p.own[s - p.stretches].partial, rows, r};
+      };
     });
   });
 }
@@ -112,7 +154,7 @@ void merge_pair(const MergeArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {run_unit, merge_units, merge_pair, run_shared,
-                                            merge_shared};
+const AttentionKernels attention_kernels = {run_unit,   merge_units,  merge_pair,
+                                            run_shared, merge_shared, run_path};
 
 }  // namespace branchwise::BW_ISA

@@ -20,6 +20,16 @@
 
 namespace branchwise {
 
+// Where the partial result of one row of a unit lies, among those of all its rows: out [rows][ld] |
+// max [rows] | sum [rows].
+struct RowPartial {
+  float* partial;
+  int64_t rows, row;
+  float* out(int64_t ld) const { return partial + row * ld; }
+  float& top(int64_t ld) const { return partial[rows * ld + row]; }
+  float& sum(int64_t ld) const { return partial[rows * ld + rows + row]; }
+};
+
 // One unit of work and where its partial result lives.
 struct AttentionUnit {
   int32_t batch, kv_head;
@@ -33,6 +43,10 @@ struct AttentionUnit {
   // all see the unit's slots in the same pages.
   const int32_t* batches;  // ascending; nullptr: `batch` alone
   int32_t num_batches;
+  // A unit of a path: its nodes, root first. They are the places behind the prefix, and packed rows
+  // count along them, too. nullptr: nodes in the order of their slots.
+  const int32_t* path = nullptr;
+  const RowPartial* begun = nullptr;  // of each row, what the result goes on from; nullptr: nothing
 
   [[gnu::always_inline]] int64_t rows() const {
     return int64_t{row_end - row_begin} * (batches != nullptr ? num_batches : 1);
@@ -44,9 +58,22 @@ struct SharedPiece {
   int32_t unit, place;
 };
 
+// Packed rows of one path. For each of `stretches` stretches of the prefix, shared units have been
+// run: `blocks` of `block_rows` packed rows each, in the order of tokens. Its own units come next
+// in order, without a place for their results; the first of them goes on from one more stretch if
+// `continues`.
+struct PathRows {
+  const AttentionUnit* shared;
+  int64_t stretches, blocks, block_rows;
+  AttentionUnit* own;
+  int64_t num_own;
+  bool continues;
+};
+
 constexpr int64_t kKeyTile = 64;       // slots handled together; their scores stay in L1
 constexpr int64_t kMaxRowBlock = 384;  // packed rows per unit
 constexpr int64_t kRowPad = 16;        // packed rows are padded to this many on every level
+constexpr int64_t kPathRows = 192;     // packed rows of a path per unit
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t padded_rows(int64_t rows) { return round_up(rows, kRowPad); }
@@ -81,6 +108,11 @@ inline int64_t shared_scratch_floats(int64_t rows, int64_t D) {
   return scratch_floats(rows, D) + partial_floats(rows, D);
 }
 
+// Floats that a thread needs for rows of a path and their own units.
+inline int64_t path_scratch_floats(int64_t rows, int64_t D, int64_t num_own) {
+  return shared_scratch_floats(rows, D) + num_own * partial_floats(rows, D);
+}
+
 struct AttentionKernels {
   // Leaves the unit's partial result; scratch has scratch_floats(rows, D) floats.
   void (*run_unit)(const AttentionArgs&, const AttentionUnit&, float* scratch);
@@ -93,6 +125,8 @@ struct AttentionKernels {
   // Merges what units[pieces[i].unit] hold of a batch row, in order.
   void (*merge_shared)(const AttentionArgs&, int64_t batch, const AttentionUnit* units,
                        const SharedPiece* pieces, int64_t count);
+  // Runs the units that these rows have to themselves as shared ones, and merges all of theirs.
+  void (*run_path)(const AttentionArgs&, const PathRows&, float* scratch);
 };
 
 namespace baseline {

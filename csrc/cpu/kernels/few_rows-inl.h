@@ -157,7 +157,7 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   __builtin_memset(out, 0, sizeof(float) * R * ld);
   int64_t low[R], node[R], lowest = INT64_MAX, highest = 0;
   for (int r = 0; r < R; ++r) {
-    node[r] = node_of(a, u.row_begin + r);
+    node[r] = node_of(a, u, u.row_begin + r);
     low[r] = first_position(a, u, u.batch, node[r]);
     lowest = low[r] < lowest ? low[r] : lowest;
     highest = low[r] > highest ? low[r] : highest;
@@ -224,39 +224,32 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   }
 }
 
-// Partial results of rows that lie one after another: of `rows` rows, those from `first` on.
-struct RowPartial {
-  float* partial;
-  int64_t rows, first;
-  float* out(int64_t r, int64_t ld) const { return partial + (first + r) * ld; }
-  float& top(int64_t r, int64_t ld) const { return partial[rows * ld + first + r]; }
-  float sum(int64_t r, int64_t ld) const { return partial[rows * ld + rows + first + r]; }
-};
-
-// Merges `count` partial results part(s) of packed rows row_begin to row_end - 1, in order.
+// Merges `count` partial results parts_of(r)(s) of packed rows row_begin + r to row_end - 1, in
+// order.
 template <typename T, typename F>
 void merge_rows(const AttentionArgs& a, int64_t batch, const AttentionUnit& u, int64_t count,
-                const F& part) {
+                const F& parts_of) {
   const int64_t G = a.Hq / a.Hkv, ld = few_rows_stride(a.D);
   for (int64_t r = 0; r < u.row_end - u.row_begin; ++r) {
     const int64_t row = u.row_begin + r, head = u.kv_head * G + row % G;
     const float sink = a.sinks != nullptr ? a.sinks[head] * kLog2e : -kInf;
+    const auto part = parts_of(r);
     float top = sink;
-    for (int64_t s = 0; s < count; ++s) top = part(s).top(r, ld) > top ? part(s).top(r, ld) : top;
+    for (int64_t s = 0; s < count; ++s) top = part(s).top(ld) > top ? part(s).top(ld) : top;
     const float shift = top == -kInf ? 0.f : top;
     float sum = a.sinks != nullptr ? exp2(sink - shift) : 0.f;
     for (int64_t s = 0; s < count; ++s) {
-      const float below = part(s).top(r, ld) - shift;  // 0 for one at least: mostly the only one
+      const float below = part(s).top(ld) - shift;  // 0 for one at least: mostly the only one
       const float weight = below == 0.f ? 1.f : exp2(below);
-      sum += part(s).sum(r, ld) * weight;
-      part(s).top(r, ld) = weight;  // the maxima are not needed again
+      sum += part(s).sum(ld) * weight;
+      part(s).top(ld) = weight;  // the maxima are not needed again
     }
-    const int64_t at = (batch * a.Hq + head) * a.T + row / G;
+    const int64_t at = (batch * a.Hq + head) * a.T + token_of(a, u, row);
     a.lse[at] = sum > 0.f ? (top + __builtin_log2f(sum)) * kLn2 : -kInf;
     const float inverse = sum > 0.f ? 1.f / sum : 0.f;
     for (int64_t d = 0; d < a.D; d += kLanes) {
       f32v acc = {};
-      for (int64_t s = 0; s < count; ++s) acc += load(part(s).out(r, ld) + d) * part(s).top(r, ld);
+      for (int64_t s = 0; s < count; ++s) acc += load(part(s).out(ld) + d) * part(s).top(ld);
       const int64_t left = a.D - d;
       store_narrow(static_cast<T*>(a.out) + at * a.D + d, acc * inverse,
                    left < kLanes ? left : kLanes);
@@ -267,7 +260,8 @@ void merge_rows(const AttentionArgs& a, int64_t batch, const AttentionUnit& u, i
 // Merges the splits of one block, in order.
 template <typename T>
 void merge_few_rows(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
-  merge_rows<T>(a, units->batch, *units, count, [&](int64_t s) {
-    return RowPartial{units[s].partial, units->row_end - units->row_begin, 0};
+  const int64_t rows = units->row_end - units->row_begin;
+  merge_rows<T>(a, units->batch, *units, count, [&](int64_t r) {
+    return [=](int64_t s) { return RowPartial{units[s].partial, rows, r}; };
   });
 }

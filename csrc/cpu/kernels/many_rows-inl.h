@@ -179,7 +179,8 @@ inline void for_each_group(int64_t rows, F f) {
 }
 
 // Partial result: out^T [D][rows of a group], group after group | max [rows] | sum [rows], rows
-// padded. Of rows of one vector, that of few rows.
+// padded. Of rows of one vector, that of few rows. Where rows have begun, `out` holds what they
+// have.
 template <typename T, typename M>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                    float* scratch) {
@@ -198,16 +199,17 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   for (int64_t r = 0; r < padded; ++r) {
     // Padding lanes repeat the last row: finite numbers, never read.
     const UnitRow row = unit_row(u, r < rows ? r : rows - 1);
-    const int64_t node = node_of(a, row.packed);
+    const int64_t node = node_of(a, u, row.packed);
     all.node[r] = static_cast<int32_t>(node);
     all.low[r] = first_position(a, u, row.batch, node);
     all.word[r] = 0;
     highest_low = all.low[r] > highest_low ? all.low[r] : highest_low;
     lowest_low = all.low[r] < lowest_low ? all.low[r] : lowest_low;
-    row_max[r] = -kInf;
-    row_sum[r] = 0.f;
+    const int64_t real = r < rows ? r : rows - 1;
+    row_max[r] = u.begun != nullptr ? u.begun[real].top(ld_out) : -kInf;
+    row_sum[r] = u.begun != nullptr ? u.begun[real].sum(ld_out) : 0.f;
   }
-  __builtin_memset(out, 0, sizeof(float) * (row_max - out));
+  if (u.begun == nullptr) __builtin_memset(out, 0, sizeof(float) * (row_max - out));
 
   Tile<T> tiles[2];
   Tile<T>*tile = tiles, *next = tiles + 1;

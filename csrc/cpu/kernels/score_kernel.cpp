@@ -94,14 +94,13 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
   auto* of = reinterpret_cast<LaneRows*>(converted + kKeyTile * D + 2 * padded);
   for (int64_t first = 0; first < rows; first += kLanes)
     of[first / kLanes] = lane_rows(a, u, first, slots);
-  Places all{};
-  all.prefix = all.sink = INT32_MAX;
   const int64_t size =
       rows <= kFewRows ? small_tile(D * static_cast<int64_t>(sizeof(T))) : kKeyTile;
   const auto find = [&](int64_t begin, KeyTile<T>* tile) {
     const int64_t left = u.end - begin;
     tile->begin = begin;
     tile->count = left < size ? (left > 0 ? left : 0) : size;
+    const auto all = [](int64_t slot) { return Places::Run{slot, INT32_MAX}; };
     for_each_run(all, a.layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t n) {
       find_run(a.layout, a.keys, u.batch, u.kv_head, slot, n, tile->keys + s);
     });

@@ -40,13 +40,20 @@ inline void find_run(const KvLayout& layout, const void* cache, int64_t batch, i
   for (int64_t i = 0; i < count; ++i, row += layout.stride_slot) rows[i] = row;
 }
 
+// Places::run of a unit's place.
+inline Places::Run run_of(const AttentionUnit& u, int64_t place) {
+  const Places& p = *u.places;
+  if (u.path == nullptr || place < p.prefix) return p.run(place);
+  return {p.new_slot + u.path[place - p.prefix], 1};
+}
+
 // Calls f(place, slot, count) for the runs of places [begin, begin + count) that lie one after
-// another, none of them across a page.
-template <typename F>
-inline void for_each_run(const Places& places, const KvLayout& layout, int64_t begin, int64_t count,
+// another, none of them across a page; run_at(place) is Places::run.
+template <typename R, typename F>
+inline void for_each_run(const R& run_at, const KvLayout& layout, int64_t begin, int64_t count,
                          const F& f) {
   for (int64_t s = 0; s < count;) {
-    const Places::Run run = places.run(begin + s);
+    const Places::Run run = run_at(begin + s);
     int64_t n = run.length < count - s ? run.length : count - s;
     if (layout.page_table != nullptr) {
       const int64_t rest = layout.page_size - static_cast<uint32_t>(run.slot) %
@@ -58,12 +65,14 @@ inline void for_each_run(const Places& places, const KvLayout& layout, int64_t b
   }
 }
 
-// The node of a packed row, and that of a unit's last one.
-inline int64_t node_of(const AttentionArgs& a, int64_t row) {
-  return a.N - a.T + row / (a.Hq / a.Hkv);
+// The node of a packed row, counted along the unit's path if it has one.
+inline int64_t node_of(const AttentionArgs& a, const AttentionUnit& u, int64_t row) {
+  return (u.path == nullptr ? a.N - a.T : 0) + row / (a.Hq / a.Hkv);
 }
-inline int64_t last_node(const AttentionArgs& a, const AttentionUnit& u) {
-  return node_of(a, u.row_end - 1);
+// Its query token.
+inline int64_t token_of(const AttentionArgs& a, const AttentionUnit& u, int64_t row) {
+  const int64_t at = row / (a.Hq / a.Hkv);
+  return u.path == nullptr ? at : u.path[at] - (a.N - a.T);
 }
 
 // Moves places behind a unit's last one to the following unit: not this unit's to compute, but
@@ -83,8 +92,9 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
   tile->begin = begin;
   tile->count = left < size ? left : size;
   tile->size = size;
+  const auto run_at = [u](int64_t place) { return run_of(*u, place); };
   for_each_run(
-      *u->places, a.key_layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t count) {
+      run_at, a.key_layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t count) {
         find_run(a.key_layout, a.key_cache, u->batch, u->kv_head, slot, count, tile->keys() + s);
         find_run(a.value_layout, a.value_cache, u->batch, u->kv_head, slot, count,
                  tile->values() + s);
@@ -110,7 +120,8 @@ inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64
   begin += (p.listed > 0 && p.unit < size ? 1 : 4) * size;
   const AttentionUnit* u = in_following(unit, begin);
   const int64_t left = u->slot_end - begin;
-  for_each_run(*u->places, a.key_layout, begin, left < size ? left : size,
+  const auto run_at = [u](int64_t place) { return run_of(*u, place); };
+  for_each_run(run_at, a.key_layout, begin, left < size ? left : size,
                [&](int64_t, int64_t slot, int64_t) {
                  prefetch(static_cast<const T*>(a.key_cache) +
                           a.key_layout.offset(u->batch, u->kv_head, slot));

@@ -48,6 +48,7 @@ class TreeRun:
             the run.
         keep_rows: rows that finish stay in the batch, so that all forwards have as many.
         rounds: runs the rounds on a GPU in graphs; with its store, and without a KV policy.
+        deterministic: of the forwards, see :class:`branchwise.forward.StoredModel`; without ``rounds``.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class TreeRun:
         enough: Callable[[Sequence[tuple[Tensor, bool]]], bool] | None = None,
         keep_rows: bool = False,
         rounds: GraphedRounds | None = None,
+        deterministic: bool = False,
     ) -> None:
-        self.rounds = rounds
+        self.rounds, self.deterministic = rounds, deterministic
         self.model, self.config, self.rule, self.processors, self.noise = model, config, rule, processors, noise
         self.stopping = stopping
         self.streamer, self.max_nodes = streamer, max_nodes
@@ -128,6 +130,7 @@ class TreeRun:
             store,
             keep_hidden=bool(self.needs & Needs.HIDDEN_STATES),
             kv=None if policy is None else self.kv,
+            deterministic=self.deterministic,
         )
         eos = getattr(self.config, "_eos_token_tensor", None)  # set by generate
         request = DraftRequest(
@@ -139,6 +142,7 @@ class TreeRun:
             target=self.model,
             # What the store holds under a policy is the policy's business, and a tree's pages are shared.
             store=store if policy is None and store.shared_pages is None else None,
+            deterministic=self.deterministic,
         )
         try:
             session = drafter.begin(request)

@@ -37,6 +37,7 @@ class DraftRequest:
         warpers: ``(ids, scores [n, V]) -> scores``, what the user asked for that depends on scores alone (temperature,
             top-k, top-p, ...): a drafter that draws from warped scores is accepted more often.
         target, store: the target and its KV store, for a drafter that computes with them; no store under a KV policy.
+        deterministic: of forwards on that store, see :class:`branchwise.forward.StoredModel`.
     """
 
     prompts: Sequence[np.ndarray]
@@ -46,6 +47,7 @@ class DraftRequest:
     warpers: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
     target: PreTrainedModel | None = None
     store: KVStore | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class EarlyExitSession:
         self._options = options
         self._eos = torch.tensor(sorted(request.eos), dtype=torch.int64)
         self._last = torch.tensor([[int(prompt[-1])] for prompt in request.prompts])
-        self._target = StoredModel(request.target, request.store)
+        self._target = StoredModel(request.target, request.store, deterministic=request.deterministic)
         self._hidden: list[Tensor] = []  # after layer E, of this round's nodes by slot
         self._exit = options.exits[0]  # of this round
         self._begun = 0.0  # when it began to draft; 0: it did not
@@ -137,7 +137,7 @@ class EarlyExitSession:
         logits = self._target.forward(
             tokens, positions, pack_mask(ancestors), pending=ancestors.shape[1] - k, wanted=wanted
         )
-        self._hidden.append(self._switch.outputs[self._exit - 1])
+        self._hidden.append(self._switch.outputs[self._exit - 1][:, :k])
         return logits
 
     def _run_leaves(self, trees: Sequence[RowTree]) -> None:
@@ -166,7 +166,7 @@ class EarlyExitSession:
         """In place of layer E in the verification: hidden states of the nodes, their keys and values put in order."""
         self._switch.replace = {}
         tree = kwargs["branchwise_plan"].tree
-        B, T = tree.shape
+        B, T = hidden_states.shape[:2]
         slots = torch.zeros(B, T, dtype=torch.int64)
         for b, row in enumerate(tree.rows):
             slots[b, : len(row)] = torch.from_numpy(row.ids.astype(np.int64))

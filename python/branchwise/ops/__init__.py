@@ -8,7 +8,7 @@ points outside a tensor is left out instead (docs/cuda.md, which also lists the 
 """
 
 from ._load import CUDA_LOADED, ISA_LEVELS, LIBRARY_DIR, cpu_isa, set_cpu_isa
-from .attention import cascade_attention, merge_attention, tree_attention
+from .attention import cascade_attention, merge_attention, path_attention, tree_attention
 from .diffusion import confidence, draft_blocks, verify_blocks
 from .draft import top_tokens
 from .fetch import fetch_slots
@@ -46,6 +46,7 @@ __all__ = [
     "merge_attention",
     "node_uniforms",
     "page_summaries",
+    "path_attention",
     "rerotate_keys",
     "score_pages",
     "select_pages",

@@ -126,6 +126,50 @@ def _(query, key_cache, value_cache, seq_lens, page_table, *options, **named_opt
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+def path_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    seq_lens: Tensor,
+    tree_mask: Tensor | None = None,
+    *,
+    page_table: Tensor | None = None,
+    scale: float | None = None,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`tree_attention` with sums in the order of the text, so that a token's bits do not depend on the tree.
+
+    A node gets bit for bit what it gets as the only new token after its ancestors were committed: whatever else is in
+    the tree, in whatever slots, and however much of its path was in the cache before. :func:`tree_attention` sums keys
+    in the order of slots, and in 16 bits the difference flips near-ties.
+
+    Args:
+        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, window, sinks, softcap: as
+            :func:`tree_attention` takes them, without e4m3. A node of ``tree_mask`` sees nodes in slots before its own
+            only; what it sees, in that order, is its path.
+
+    Returns:
+        ``out`` [B, Hq, T, D] and ``lse`` f32[B, Hq, T] as :func:`tree_attention` does, up to rounding. Bit-equal for
+        any number of threads, any batch, and any tree that a path is in.
+
+    Raises:
+        RuntimeError: a shape, dtype, length, page or mask bit breaks the rules; nothing is read then.
+
+    Source: our own. On the CPU only. Whole tiles of 64 slots of the prefix are read once, the rest of it once per leaf.
+    """
+    refuse_grad("path_attention", query, key_cache, value_cache, sinks)
+    return torch.ops.branchwise.path_attention.default(
+        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, window, sinks, softcap
+    )
+
+
+@torch.library.register_fake("branchwise::path_attention")
+def _(query, key_cache, value_cache, seq_lens, *options, **named_options):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
 def tree_attention_reference(
     query: Tensor,
     key_cache: Tensor,
