@@ -187,6 +187,9 @@ def test_judge_reads_the_step_and_its_suffix_only():
     handle.remove()
     context = ids[0].tolist()
     scored = [step for step in decoder.traces[0].steps if "score" in step]
+    for tokens in read:  # what fills a forward up repeats its last token
+        while tokens[-2:] == [35, 35]:
+            tokens.pop()
     judged = [tokens for tokens in read if tokens[-5:] == [31, 32, 33, 34, 35]]
     assert {step["writer"] for step in scored} == {"small", "base"} and len(judged) == len(scored)
     for i, (event, tokens) in enumerate(zip(scored, judged, strict=True)):

@@ -36,7 +36,7 @@ struct Path {
   int64_t begin, first, length;
 };
 
-// Nodes that a mask row has up to node `end` - 1, as a mask row.
+// Whether `row` sees just those nodes that `of` sees and that come before node `end`.
 bool is_start(const int64_t* row, const int64_t* of, int64_t end, int64_t W) {
   for (int64_t w = 0; w < W; ++w) {
     const int64_t bits = std::clamp<int64_t>(end - w * 64, 0, 64);
@@ -46,7 +46,7 @@ bool is_start(const int64_t* row, const int64_t* of, int64_t end, int64_t W) {
   return true;
 }
 
-// Appends the paths of one batch row's query nodes: the longest first, each node in one.
+// Appends the paths of one batch row's query nodes, each of which is computed in one of them.
 void find_paths(const char* op, const AttentionArgs& a, int64_t b, std::vector<int32_t>& nodes,
                 std::vector<Path>& paths) {
   const int64_t N = a.N, queries = N - a.T;

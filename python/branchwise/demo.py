@@ -136,8 +136,8 @@ def run_demo(max_new_tokens: int = 96, dtype: torch.dtype = torch.float32, live:
     console.print(table)
     if dtype != torch.float32 and not all(row.identical for row in rows):
         console.print(
-            "Not identical: in 16 bits, transformers' attention rounds differently from ours, so a near-tie of the model "
-            "can flip (drafts flip none). `branchwise demo --dtype float32` is identical."
+            "Not identical: in 16 bits, transformers' attention rounds differently from ours, so a near-tie of the "
+            "model can flip (drafts flip none). `branchwise demo --dtype float32` is identical."
         )
     return rows
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -178,6 +177,12 @@ def steady_rows(dtype: torch.dtype, rows: int) -> int:
     return -(-rows // 4) * 4 if dtype == torch.float32 else max(rows, 2)
 
 
+def steady_batch(dtype: torch.dtype, rows: int) -> int:
+    """How many rows a batch of single tokens should have, idle ones included, so that least is computed in vain."""
+    filled = steady_rows(dtype, rows)
+    return filled if rows * _steady_columns(dtype, rows, 1) > filled else rows
+
+
 def _steady_columns(dtype: torch.dtype, rows: int, columns: int) -> int:
     """The least T from ``columns`` on for which ``rows * T`` is steady."""
     return next(T for T in range(columns, columns + 4) if steady_rows(dtype, rows * T) == rows * T)
@@ -195,38 +200,3 @@ def _with_others(tree_mask: Tensor | None, extra: int) -> Tensor | None:
     sees = torch.nn.functional.pad(unpack_mask(tree_mask, tree_mask.shape[1]), (0, extra, 0, extra))
     sees.diagonal(dim1=1, dim2=2)[:, -extra:] = True
     return pack_mask(sees)
-
-
-_stable: WeakKeyDictionary[PreTrainedModel, dict[tuple[int, int], int]] = WeakKeyDictionary()
-
-
-def stable_rows(model: PreTrainedModel, least: int) -> int:
-    """How many rows a forward should have so that equal rows get equal bits, wherever they stand in the batch.
-
-    Matrix libraries cut rows into parts for threads and tiles, and parts of other sizes may sum in another order: in
-    fp32 on two threads, for example, rows of a batch of 7 differ and those of 8 do not. So it is tried: one product per
-    shape of the model's linear layers, remembered per number of threads.
-
-    Args:
-        model: linear layers of other kinds than ``torch.nn.Linear`` are not looked at.
-        least: rows that are needed.
-
-    Returns:
-        The least number from ``least`` on that passes; ``least`` if none up to ``2 * least + 64`` does.
-    """
-    known = _stable.setdefault(model, {})
-    key = least, torch.get_num_threads()
-    if key not in known:
-        linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        shapes = {(m.in_features, m.out_features, m.weight.dtype, m.bias is None): m for m in linears}.values()
-        passing = (n for n in range(least, 2 * least + 65) if all(_rows_alike(m, n) for m in shapes))
-        known[key] = next(passing, least)
-    return known[key]
-
-
-@torch.no_grad()
-def _rows_alike(linear: torch.nn.Linear, rows: int) -> bool:
-    g = torch.Generator().manual_seed(0)
-    row = torch.randn(1, 1, linear.in_features, generator=g).to(linear.weight.dtype)
-    out = linear(row.expand(rows, 1, -1).contiguous())
-    return bool((out == out[:1]).all())

@@ -70,9 +70,8 @@ class KVTree(KVStore):
     Forwards (:class:`branchwise.forward.StoredModel`) run the branches named by :meth:`select`, one per row, and read
     shared pages once (:func:`branchwise.ops.cascade_attention`). Appending is a forward, as for any KVStore.
 
-    With the same number of rows in every forward, one that :func:`branchwise.forward.stable_rows` found, and one token
-    per row, a branch's logits are bit for bit the same whatever the other
-    branches are; :class:`branchwise.decoding.branches.Branches` sees to that. Not so for mixtures of experts, which
+    In deterministic forwards of one token per row, a branch's logits are bit for bit the same whatever the other
+    branches are; those of :class:`branchwise.decoding.branches.Branches` are. Not so for mixtures of experts, which
     batch the rows that chose an expert.
 
     Args:

@@ -68,8 +68,9 @@ void run_shared(const AttentionArgs& a, const AttentionUnit& u, float* scratch) 
     float* rest = scratch + query_floats(rows, a.D);
     const int64_t ld = few_rows_stride(a.D);
     if (rows <= kLanes) {
-      for (int64_t r = 0; u.begun != nullptr && r < rows; ++r)
-        __builtin_memcpy(u.partial + r * ld, u.begun[r].out(ld), sizeof(float) * ld);
+      if (u.begun != nullptr)
+        for (int64_t r = 0; r < rows; ++r)
+          __builtin_memcpy(u.partial + r * ld, u.begun[r].out(ld), sizeof(float) * ld);
       return run_many_rows<T, decltype(product)>(a, u, scratch, rest);
     }
     AttentionUnit lanes = u;

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from ..acceptance import choose_rule
 from ..drafters import Drafter
-from ..forward import StoredModel, stable_rows
+from ..forward import StoredModel, steady_batch
 from ..kv import policy_of
 from ..kv_tree import KVTree
 from ..noise import Noise, Purpose
@@ -85,7 +85,7 @@ class Branches:
         self._prompt = torch.empty(0, dtype=torch.int64)
         self._numbers: dict[int, int] = {}
         self._first_number = self._next_number = first_number
-        self._stored = StoredModel(model, self.tree)
+        self._stored = StoredModel(model, self.tree, deterministic=True)
 
     @property
     def cancelled(self) -> bool:
@@ -196,8 +196,7 @@ class Branches:
 
         Args:
             branches: those that have ended already are left alone.
-            width: rows of every forward, or as many more as :func:`branchwise.forward.stable_rows` says; more branches
-                than ``width`` take turns.
+            width: branches that write at the same time; more take turns.
             ends: of a step, see :class:`StepEnd`; None: only a text ends.
             most: tokens of a step; None: any number.
             enough: asked after every round about the branches that take this turn; True stops them.
@@ -209,20 +208,19 @@ class Branches:
             if branch not in self._numbers:
                 self.renumber(branch)
             self.read(branch)
-        rows = stable_rows(self.model, width)
         for first in range(0, len(branches), width):
             if not self.cancelled:
-                self._run(branches[first : first + width], rows, ends, most, enough, begun)
+                self._run(branches[first : first + width], ends, most, enough, begun)
 
     def _run(
         self,
         branches: Sequence[int],
-        width: int,
         ends: Ends | None,
         most: int | None,
         enough: Enough | None,
         begun: Mapping[int, int],
     ) -> None:
+        width = steady_batch(self.model.dtype, len(branches))
         fill = width - len(branches)
         idle = [self.tree.root() for _ in range(fill)]
         per_row = [self.processors] * width
@@ -247,8 +245,8 @@ class Branches:
             cost_model(self.model),
             None,
             self.monitor,
-            keep_rows=True,
             enough=None if enough is None else lambda rows: enough(rows[: len(branches)]),
+            deterministic=True,
         )
         dummy = self._prompt[: self.padding + 1]
         texts = [self.texts[branch] for branch in branches] + [dummy] * fill

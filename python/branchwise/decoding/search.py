@@ -51,8 +51,7 @@ class Search(Decoder):
     and read once per forward. Prompts of a batch are searched one after another. ``found`` describes the last call.
 
     Args:
-        width: branches that write at the same time; forwards have so many rows, or the few more of
-            :func:`branchwise.forward.stable_rows`.
+        width: branches that write at the same time.
         seed: of the noise; a branch draws as a row of ``num_return_sequences`` equal prompts does under
             :class:`branchwise.PositionKeyedSampler`.
         drafter: what drafts in every branch, a name or a :class:`branchwise.drafters.Drafter`; "none".

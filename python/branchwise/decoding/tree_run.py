@@ -17,7 +17,7 @@ from ..acceptance import GREEDY, Accepted, Rule
 from ..cache import KVStore
 from ..devices import to_device, wait_for
 from ..drafters import Drafter, DraftRequest, DraftSession, Needs, Verified
-from ..forward import StoredModel
+from ..forward import StoredModel, steady_batch
 from ..kv import KVSession, policy_of
 from ..noise import Noise
 from ..target import Target, fused_temperature, ignores_text
@@ -46,7 +46,6 @@ class TreeRun:
         monitor: is told of every round, and may end the run after any.
         enough: asked after every round, given the tokens i64[n] that each row got and whether it has ended; True ends
             the run.
-        keep_rows: rows that finish stay in the batch, so that all forwards have as many.
         rounds: runs the rounds on a GPU in graphs; with its store, and without a KV policy.
         deterministic: of the forwards, see :class:`branchwise.forward.StoredModel`; without ``rounds``.
     """
@@ -65,7 +64,6 @@ class TreeRun:
         sizer: TreeSizer | None,
         monitor: Monitor | None = None,
         enough: Callable[[Sequence[tuple[Tensor, bool]]], bool] | None = None,
-        keep_rows: bool = False,
         rounds: GraphedRounds | None = None,
         deterministic: bool = False,
     ) -> None:
@@ -78,7 +76,7 @@ class TreeRun:
         self.lengths: list[int] = []
         self.stats = DecodeStats(rule=rule.name, exact=rule.exact)
         returns_cache = bool(config.return_dict_in_generate)  # which must hold every row
-        self.keep_rows = keep_rows or returns_cache
+        self.keep_rows = returns_cache
         self.keep_scores = returns_cache and bool(config.output_scores or config.output_logits)
 
     def decode(
@@ -316,12 +314,15 @@ class TreeRun:
         if self.keep_rows or not any(self.finished):
             return
         kept = [i for i, done in enumerate(self.finished) if not done]
+        width = len(kept)
         if kept and self.rounds is not None:
-            # Every number of rows is another set of graphs.
-            idle = [i for i, done in enumerate(self.finished) if done]
-            kept = sorted(kept + idle[: padded_rows(len(kept)) - len(kept)])
-            if len(kept) == len(self.rows):
-                return
+            width = padded_rows(width)  # every number of rows is another set of graphs
+        elif kept and self.deterministic:
+            width = steady_batch(self.model.dtype, width)
+        idle = [i for i, done in enumerate(self.finished) if done]
+        kept = sorted(kept + idle[: width - len(kept)])
+        if len(kept) == len(self.rows):
+            return
         if kept:
             self.target.store.select_rows(kept)
             self.kv.keep(kept)

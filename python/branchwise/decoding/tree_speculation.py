@@ -30,7 +30,8 @@ class TreeSpeculation(Decoder):
 
     Greedy decoding gives the tokens of plain ``generate`` (fp32: token for token; in 16 bits of ``drafter="none"``).
     Sampling keeps the target's distribution exactly; for retrieved drafts it gives the very tokens of
-    :class:`branchwise.PositionKeyedSampler` with the same seed (in 16 bits of ``drafter="none"``). Logits processors see each node's own text. Any batch size, left-padded as usual.
+    :class:`branchwise.PositionKeyedSampler` with the same seed (in 16 bits of ``drafter="none"``). Logits processors
+    see each node's own text. Any batch size, left-padded as usual.
 
     One object keeps what its drafter and its cost estimates learned across calls; make one per user if texts must not
     influence each other's speed. ``stats`` describes the last finished call.
@@ -50,10 +51,11 @@ class TreeSpeculation(Decoder):
         graphs: with a model on a GPU, run rounds in CUDA graphs where the model can be recorded. The KV slots of the
             largest batch stay allocated between calls then, as the graphs write there; weights may be trained in place,
             but changes to the model's modules (hooks, adapters that are switched) need a new object.
-        deterministic: a row's text depends on its prompt (and seed) alone, token for token in any dtype: not on the
-            drafter, what it remembers, how fast the machine is just now, nor on the batch. CPU only, without a KV
-            policy. None: in bfloat16 and float16, where near-ties would be decided by rounding otherwise; there a
-            forward takes 0 to 4 % longer, one of a single token 5 to 8 % (SmolLM2, 2 cores).
+        deterministic: logits depend on the text alone, bit for bit. So what is said greedily, or sampled from retrieved
+            drafts, does not depend on the drafter, what it remembers, the machine's speed of the moment, or the batch.
+            On the CPU, for dense models without a KV policy. None: in bfloat16 and float16, where near-ties would be a
+            matter of rounding otherwise; a forward over a tree takes 0 to 3 % longer there, one over a single token 5
+            to 7 % (SmolLM2, 2 cores, up to 4000 tokens of prefix; ``bench/deterministic.py``).
 
     Raises:
         ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
