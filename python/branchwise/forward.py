@@ -172,8 +172,9 @@ class StoredModel:
 def steady_rows(dtype: torch.dtype, rows: int) -> int:
     """The least number of rows, not below ``rows``, at which torch's linear layers give each the bits that it has at
     any other such number: in fp32 multiples of 4, in 16 bits two and more. Measured with torch 2.13 on a CPU with
-    AVX-512 and BF16, 1 to 16 threads, layers up to those of Llama-3-8B, up to 1024 rows. In 16 bits, torch computes
-    products of no more than 4096 terms (rows, inputs and outputs multiplied) in another way; they may differ.
+    AVX-512 and BF16, 1 to 16 threads: SmolLM2's layers up to 1024 rows, Llama-3-8B's up to 128 (fp16: 64). In 16 bits,
+    torch computes products of no more than 4096 terms (rows, inputs and outputs multiplied) in another way; they may
+    differ.
     """
     return -(-rows // 4) * 4 if dtype == torch.float32 else max(rows, 2)
 
