@@ -16,9 +16,10 @@ Artefacts: two shared cores make single runs vary by 10 % and more; ratios of me
 
 Reference, 2026-11-23, 2 cores of an AMD EPYC (AVX-512-BF16), torch 2.13, transformers 5.23, "auto", decode speed over
 plain, prompt lookup / cold / warm: fp32 code 1.01/1.24/8.1, math 0.88/1.34/7.6, edit 2.36/3.15/9.1, summary
-0.95/1.26/8.5, structured 1.97/2.33/9.0, chat 0.89/1.03/8.9; bf16 code 1.39/1.63/4.2, math 1.58/2.24/4.2, edit
-3.72/6.86/15.9, summary 1.37/1.64/2.7, structured 2.80/3.49/13.0, chat 1.07/1.15/3.3. Largest gap in bf16: 0.25. With
---drafter trie two days before: bench/results/decode-*-2026-11-21.json.
+0.95/1.26/8.5, structured 1.97/2.33/9.0, chat 0.89/1.03/8.9; bf16 code 1.38/1.56/12.3, math 1.52/2.24/14.5, edit
+3.75/6.42/16.4, summary 1.32/1.48/11.8, structured 2.73/3.30/12.6, chat 1.11/1.22/14.0. Largest gap in bf16: 0.25. The
+same in bf16 before decoding was deterministic there: decode-bfloat16-2026-11-23a.json in bench/results/; with --drafter
+trie two days before: decode-*-2026-11-21.json.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Is a text greedy decoding, up to near-ties? In 16 bits, a forward over several tokens rounds differently from a
-forward over one, so two correct greedy decoders may part where the two best logits nearly tie."""
+"""Is a text greedy decoding, up to near-ties? In 16 bits, kernels that sum in other orders round differently, so two
+correct greedy decoders, transformers' and ours, may part where the two best logits nearly tie."""
 
 from __future__ import annotations
 
