@@ -18,8 +18,8 @@ ARCHITECTURES = ["llama", "gemma2", "gemma3", "gemma4", "gpt_neox", "gpt_oss", "
 class Grove:
     """A tree, its model, and beside it the tokens of every branch."""
 
-    def __init__(self, name, page_size=4, dtype=torch.float32, hidden_size=32):
-        self.model = tiny.model(name, dtype, hidden_size)
+    def __init__(self, name, page_size=4, dtype=torch.float32):
+        self.model = tiny.model(name, dtype)
         self.tree = KVTree(page_size)
         self.stored = StoredModel(self.model, self.tree, deterministic=True)
         self.texts = {}
@@ -121,7 +121,7 @@ def run_branches(dtype, others, name="llama", prefix=700):
     g = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, 100, (prefix,), generator=g).tolist()
     tail = torch.randint(3, 100, (40,), generator=g).tolist()
-    grove = Grove(name, 16, dtype, hidden_size=256)  # wide enough for steady products of two rows
+    grove = Grove(name, 16, dtype)
     root = grove.root()
     grove.append([root], [prompt])
     branch = grove.fork(root, 1)[0]

@@ -142,7 +142,7 @@ def grove(model, prompt, new=12, width=1, allowed=None, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_what_a_branch_says_depends_on_no_other(dtype):
     """One of seven forks alone: the same tokens and the same keys, bit for bit."""
-    model = tiny.model("llama", dtype, hidden_size=256)  # wide enough for steady products of two rows
+    model = tiny.model("llama", dtype)
     prompt = torch.randint(3, 100, (400,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), use_attention(model):
         all_of, root = grove(model, prompt, 30)

@@ -37,7 +37,7 @@ CONFIGS = {
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         num_kv_shared_layers=2,
-        hidden_size_per_layer_input=16,
+        hidden_size_per_layer_input=32,  # torch computes the end of a tensor by other routines: whole vectors
         vocab_size_per_layer_input=128,
     ),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**{k: v for k, v in _BASE.items() if k != "num_key_value_heads"}),
@@ -54,11 +54,10 @@ CONFIGS = {
 
 
 @cache
-def model(name: str, dtype: torch.dtype = torch.float32, hidden_size: int = 32) -> tf.PreTrainedModel:
+def model(name: str, dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:
     """The same weights for the same name, in eval mode."""
     torch.manual_seed(sum(map(ord, name)))
     config = CONFIGS[name]()
-    config.hidden_size = hidden_size
     # transformers before 5.23 gives Gemma 2 torch's SDPA, which leaves the soft cap out.
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
     built = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager" if softcap else None)

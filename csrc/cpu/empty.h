@@ -10,16 +10,21 @@
 namespace branchwise {
 
 // Contiguous and uninitialised.
-template <size_t N>
-Tensor empty(const std::array<int64_t, N>& sizes, ScalarType type) {
-  std::array<int64_t, N> strides;
+template <typename Sizes>
+Tensor empty_of(const Sizes& sizes, ScalarType type) {
+  Sizes strides = sizes;
   int64_t stride = 1;
-  for (size_t i = N; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+template <size_t N>
+Tensor empty(const std::array<int64_t, N>& sizes, ScalarType type) {
+  return empty_of(sizes, type);
 }
 
 }  // namespace branchwise

@@ -4,16 +4,16 @@
 
 namespace branchwise {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx_bf16 = 4 };
 
 Isa best_isa();     // what this CPU and its operating system support
 Isa current_isa();  // what the kernels use now
 void set_isa(Isa);  // throws if the machine lacks it
 
-// The table `name` of the level in use.
+// The table `name` of the level in use; kernels that do not use AMX have none of that level.
 #if defined(__x86_64__)
 #define BW_KERNELS(name)                                                             \
-  (::branchwise::current_isa() == ::branchwise::Isa::avx512_bf16 ? avx512_bf16::name \
+  (::branchwise::current_isa() >= ::branchwise::Isa::avx512_bf16 ? avx512_bf16::name \
    : ::branchwise::current_isa() == ::branchwise::Isa::avx512    ? avx512::name      \
    : ::branchwise::current_isa() == ::branchwise::Isa::avx2      ? avx2::name        \
                                                                  : baseline::name)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import AttentionPlan, LayerPolicy, pack_mask
+from .attention import AttentionPlan, LayerPolicy
 from .cache import KVStore
 from .devices import to_device
-from .ops.attention import unpack_mask
+from .layers import InvariantLinears
 from .tree import TokenTree
 
 _CHUNK = 2048  # prompt tokens per forward: bounds activations and workspace
@@ -27,7 +28,8 @@ class StoredModel:
         kv: decides what layers attend to and keep; None: everything.
         keep_hidden: leave the hidden states of every forward, after the final norm, in ``hidden_states``.
         deterministic: what a token gets depends on its text alone, bit for bit: not on the tree that it is in, nor on
-            the batch (:func:`branchwise.ops.path_attention`, :func:`steady_rows`). On the CPU, without a policy.
+            the batch (:func:`branchwise.ops.path_attention`, :func:`branchwise.ops.invariant_linear`). On the CPU,
+            without a policy.
 
     Attributes:
         forwards: how many were made.
@@ -47,6 +49,9 @@ class StoredModel:
         self.forwards = 0
         self.hidden_states: Tensor | None = None
         self.keep_hidden = keep_hidden
+        # In 16 bits it is the faster form for few rows, too.
+        invariant = deterministic or model.dtype != torch.float32
+        self._linears = InvariantLinears(model) if invariant else nullcontext()
 
     def extend(self, rows: Sequence[Tensor], after_chunk: Callable[[Tensor], None] | None = None) -> Tensor:
         """Appends text, ragged, and commits it.
@@ -118,16 +123,6 @@ class StoredModel:
         Raises:
             ValueError: the model never called the attention function.
         """
-        B, T = tokens.shape
-        kept = wanted
-        if self.deterministic:
-            extra = _steady_columns(self.model.dtype, B, T) - T
-            tokens, positions = _repeat_last(tokens, extra), _repeat_last(positions, extra)
-            embeddings = None if embeddings is None else _repeat_last(embeddings, extra)
-            tree_mask = _with_others(tree_mask, extra)
-            if wanted is not None:
-                extra = _steady_columns(self.model.dtype, B, len(wanted)) - len(wanted)
-                wanted = [*wanted, *[wanted[-1]] * extra]
         self.store.reserve(tokens.shape[1], pending, layers)
         device = self.model.device
         tokens, positions, tree_mask = tokens.to(device), positions.to(device), to_device(tree_mask, device)
@@ -142,15 +137,16 @@ class StoredModel:
             options["logits_to_keep"] = torch.tensor(wanted)
         hook = self.model.base_model.register_forward_hook(self._note_hidden) if self.keep_hidden else None
         try:
-            logits = self.model(
-                input_ids=tokens if embeddings is None else None,
-                inputs_embeds=embeddings,
-                position_ids=positions,
-                past_key_values=self.store,
-                use_cache=True,
-                branchwise_plan=plan,
-                **options,
-            ).logits
+            with self._linears:
+                logits = self.model(
+                    input_ids=tokens if embeddings is None else None,
+                    inputs_embeds=embeddings,
+                    position_ids=positions,
+                    past_key_values=self.store,
+                    use_cache=True,
+                    branchwise_plan=plan,
+                    **options,
+                ).logits
         finally:
             if hook is not None:
                 hook.remove()
@@ -159,46 +155,7 @@ class StoredModel:
                 f"{type(self.model).__name__} never called the registered attention function; it is not supported"
             )
         self.forwards += 1
-        if self.hidden_states is not None:
-            self.hidden_states = self.hidden_states[:, :T]
-        if kept is None:
-            return logits[:, :T]
-        return logits[:, : len(kept)] if options else logits[:, list(kept)]
+        return logits if wanted is None or options else logits[:, list(wanted)]
 
     def _note_hidden(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         self.hidden_states = output[0]
-
-
-def steady_rows(dtype: torch.dtype, rows: int) -> int:
-    """The least number of rows, not below ``rows``, at which torch's linear layers give each the bits that it has at
-    any other such number: in fp32 multiples of 4, in 16 bits two and more. Measured with torch 2.13 on a CPU with
-    AVX-512 and BF16, 1 to 16 threads: SmolLM2's layers up to 1024 rows, Llama-3-8B's up to 128 (fp16: 64). In 16 bits,
-    torch computes products of no more than 4096 terms (rows, inputs and outputs multiplied) in another way; they may
-    differ.
-    """
-    return -(-rows // 4) * 4 if dtype == torch.float32 else max(rows, 2)
-
-
-def steady_batch(dtype: torch.dtype, rows: int) -> int:
-    """How many rows a batch of single tokens should have, idle ones included, so that least is computed in vain."""
-    filled = steady_rows(dtype, rows)
-    return filled if rows * _steady_columns(dtype, rows, 1) > filled else rows
-
-
-def _steady_columns(dtype: torch.dtype, rows: int, columns: int) -> int:
-    """The least T from ``columns`` on for which ``rows * T`` is steady."""
-    return next(T for T in range(columns, columns + 4) if steady_rows(dtype, rows * T) == rows * T)
-
-
-def _repeat_last(x: Tensor, extra: int) -> Tensor:
-    """[B, T + extra, ...], the last column again and again."""
-    return torch.cat([x, x[:, -1:].expand(-1, extra, *x.shape[2:])], 1) if extra else x
-
-
-def _with_others(tree_mask: Tensor | None, extra: int) -> Tensor | None:
-    """The mask of nodes with others behind them that see only themselves."""
-    if tree_mask is None or not extra:
-        return tree_mask
-    sees = torch.nn.functional.pad(unpack_mask(tree_mask, tree_mask.shape[1]), (0, extra, 0, extra))
-    sees.diagonal(dim1=1, dim2=2)[:, -extra:] = True
-    return pack_mask(sees)

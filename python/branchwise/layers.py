@@ -1,13 +1,17 @@
-"""Running some of a model's decoder layers: the others let hidden states pass. Works on the modules, not on copies."""
+"""A model's modules doing something else for a while: layers that let hidden states pass, linear layers by our op.
+Works on the modules, not on copies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from . import ops
 
 # (hidden_states [B, T, H], keyword arguments of the layer) -> hidden states instead of the layer's
 Replacement = Callable[[Tensor, dict[str, Any]], Tensor]
@@ -77,3 +81,29 @@ class LayerSwitch:
 
 def pass_through(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
     return hidden_states
+
+
+class InvariantLinears:
+    """While entered, a model's ``torch.nn.Linear`` modules on the CPU compute by
+    :func:`branchwise.ops.invariant_linear`. Not thread-safe, as it changes the model; not to be entered twice.
+
+    Subclasses (quantized layers, for example), and modules in whose place somebody has put something, stay as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        linears = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in m.__dict__]
+        self._forwards = [(m.__dict__, MethodType(_invariant, m)) for m in linears if m.weight.device.type == "cpu"]
+
+    def __enter__(self) -> None:
+        for attributes, forward in self._forwards:  # a module's own setattr takes ten times as long
+            attributes["forward"] = forward
+
+    def __exit__(self, *args: object) -> None:
+        for attributes, _ in self._forwards:
+            attributes.pop("forward", None)
+
+
+def _invariant(linear: torch.nn.Linear, x: Tensor) -> Tensor:
+    if x.dtype is not linear.weight.dtype or x.dtype is torch.float64:  # autocast
+        return torch.nn.functional.linear(x, linear.weight, linear.bias)
+    return ops.invariant_linear(x, linear.weight, linear.bias)

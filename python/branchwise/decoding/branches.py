@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from ..acceptance import choose_rule
 from ..drafters import Drafter
-from ..forward import StoredModel, steady_batch
+from ..forward import StoredModel
 from ..kv import policy_of
 from ..kv_tree import KVTree
 from ..noise import Noise, Purpose
@@ -220,13 +220,10 @@ class Branches:
         enough: Enough | None,
         begun: Mapping[int, int],
     ) -> None:
-        width = steady_batch(self.model.dtype, len(branches))
-        fill = width - len(branches)
-        idle = [self.tree.root() for _ in range(fill)]
-        per_row = [self.processors] * width
+        per_row = [self.processors] * len(branches)
         sampling = bool(self.config.do_sample)
         rule = choose_rule(None, self.drafter.draws, sampling, per_row)
-        noise = Noise.numbered(self.seed, self.prompt, [self._numbers[b] for b in branches] + [0] * fill)
+        noise = Noise.numbered(self.seed, self.prompt, [self._numbers[b] for b in branches])
         more = self.longest if most is None else most
         longest = [min(self.longest, len(self.texts[branch]) + more) for branch in branches]
         stops = [
@@ -239,21 +236,19 @@ class Branches:
             rule,
             per_row,
             noise,
-            stops + [StoppingCriteriaList()] * fill,
+            stops,
             None,
             self.max_nodes,
             cost_model(self.model),
             None,
             self.monitor,
-            enough=None if enough is None else lambda rows: enough(rows[: len(branches)]),
+            enough=enough,
             deterministic=True,
         )
-        dummy = self._prompt[: self.padding + 1]
-        texts = [self.texts[branch] for branch in branches] + [dummy] * fill
-        ends_at = longest + [len(dummy) + 1] * fill
-        self.tree.select([*branches, *idle])
+        texts = [self.texts[branch] for branch in branches]
+        self.tree.select(branches)
         try:
-            run.decode(self.drafter, texts, [self.padding] * width, ends_at, self.tree, range(len(branches), width))
+            run.decode(self.drafter, texts, [self.padding] * len(branches), longest, self.tree)
         finally:
             # What a row says is whole tokens at any time; the KV of all but the last of them is there.
             for branch, room, length in zip(branches, run.texts, run.lengths, strict=False):
@@ -261,7 +256,6 @@ class Branches:
                 self._note_end(branch)
             self.tree.select([])
             self.peak_bytes = max(self.peak_bytes, self.tree.used_bytes)
-            self.tree.prune(idle)
             self.stats.add(run.stats)
 
     def _note_end(self, branch: int) -> None:

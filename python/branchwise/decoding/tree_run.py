@@ -17,7 +17,7 @@ from ..acceptance import GREEDY, Accepted, Rule
 from ..cache import KVStore
 from ..devices import to_device, wait_for
 from ..drafters import Drafter, DraftRequest, DraftSession, Needs, Verified
-from ..forward import StoredModel, steady_batch
+from ..forward import StoredModel
 from ..kv import KVSession, policy_of
 from ..noise import Noise
 from ..target import Target, fused_temperature, ignores_text
@@ -86,7 +86,6 @@ class TreeRun:
         padding: Sequence[int],
         longest: Sequence[int],
         store: KVStore | None = None,
-        idle: Sequence[int] = (),
     ) -> None:
         """Runs until every row has ended; the texts are in ``texts`` and ``lengths`` then.
 
@@ -95,7 +94,6 @@ class TreeRun:
             padding: tokens at the front of each text that are none of its own.
             longest: where each row ends, padding included.
             store: holds the first tokens of each row already, all but the last one at most; None: a new one.
-            idle: rows that have ended from the start and only fill the batch.
         """
         B = len(texts)
         prompts = [text[start:] for text, start in zip(texts, padding, strict=True)]
@@ -114,7 +112,7 @@ class TreeRun:
         self.scores: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(B)]
         self.stats.accepted_flags = [[] for _ in range(B)]
         self.rows = list(range(B))
-        self.finished = [row in idle for row in range(B)]
+        self.finished = [False] * B
 
         if store is None:
             most = max(room - length for room, length in zip(rooms, self.lengths, strict=True))
@@ -317,8 +315,6 @@ class TreeRun:
         width = len(kept)
         if kept and self.rounds is not None:
             width = padded_rows(width)  # every number of rows is another set of graphs
-        elif kept and self.deterministic:
-            width = steady_batch(self.model.dtype, width)
         idle = [i for i, done in enumerate(self.finished) if done]
         kept = sorted(kept + idle[: width - len(kept)])
         if len(kept) == len(self.rows):

@@ -13,6 +13,7 @@ from .diffusion import confidence, draft_blocks, verify_blocks
 from .draft import top_tokens
 from .fetch import fetch_slots
 from .kv import append_kv, commit_kv, evict_kv, rerotate_keys
+from .linear import invariant_linear
 from .scores import attention_mass, page_summaries, score_pages
 from .select import select_pages, select_slots
 from .sparse import sparse_attention
@@ -43,6 +44,7 @@ __all__ = [
     "draft_blocks",
     "evict_kv",
     "fetch_slots",
+    "invariant_linear",
     "merge_attention",
     "node_uniforms",
     "page_summaries",

@@ -8,7 +8,7 @@ import torch
 from .. import _host
 
 LIBRARY_DIR = Path(_host.__file__).parent
-ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 OLDEST_TORCH = (2, 11)
 
 
@@ -31,7 +31,7 @@ def cpu_isa() -> tuple[str, str]:
     """The CPU instruction set in use, and the best one of this machine.
 
     Chosen on first use; the environment variable ``BRANCHWISE_CPU_ISA`` (baseline, avx2, avx512,
-    avx512_bf16) lowers it.
+    avx512_bf16, amx_bf16) lowers it. Only :func:`invariant_linear` has a kernel of its own for the last.
     """
     chosen, best = torch.ops.branchwise.cpu_isa(-1)
     return ISA_LEVELS[chosen], ISA_LEVELS[best]
@@ -41,7 +41,7 @@ def set_cpu_isa(level: str) -> None:
     """Use another instruction set from now on, in the whole process.
 
     Raises:
-        ValueError: ``level`` is not one of baseline, avx2, avx512, avx512_bf16.
+        ValueError: ``level`` is not one of baseline, avx2, avx512, avx512_bf16, amx_bf16.
         RuntimeError: this machine lacks it.
     """
     if level not in ISA_LEVELS:
