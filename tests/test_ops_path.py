@@ -89,8 +89,10 @@ def test_the_order_of_slots_gives_other_bits(dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-def test_a_token_of_a_chain_has_the_bits_of_the_only_token(dtype, isa):
-    assert same_as_committed(ops.path_attention, attention_cases.make(CHAIN, dtype), [0, 1, 60, 61, 62, 63, 130, 299])
+@pytest.mark.parametrize("case", [CHAIN, dataclasses.replace(CHAIN, T=700, window=300)], ids=str)
+def test_a_token_of_a_chain_has_the_bits_of_the_only_token(case, dtype, isa):
+    some = [0, 1, 60, 61, 62, 63, 130, 299, case.T // 2, case.T - 2, case.T - 1]
+    assert same_as_committed(ops.path_attention, attention_cases.make(case, dtype), some)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from branchwise import RowTree
-from branchwise.decoding.tree_size import CostModel, TreeSizer
+from branchwise.decoding.tree_size import Calibration, CostModel, TreeSizer
 
 
 def chain(n, score):
@@ -24,7 +24,7 @@ def test_learns_cost_and_chance():
     sizer = trained(lambda n: 1 + 0.02 * n, 0.1)
     sizes = np.array([1, 4, 16, 32])
     assert np.allclose(sizer.cost.seconds(sizes), 0.03 * (1 + 0.02 * sizes), rtol=0.1)
-    assert abs(sizer.calibration.chances(np.array([0.5]))[0] - 0.1) < 0.05
+    assert abs(sizer.calibration.chances(np.array([0.5]), np.array([1]))[0] - 0.1) < 0.05
 
 
 def test_verifies_much_when_nodes_are_cheap_and_nothing_when_they_are_dear():
@@ -110,3 +110,25 @@ def test_rows_without_a_draft_count():
     alone = len(sizer.choose([chain(16, 0.5)])[0])
     crowded = len(sizer.choose([chain(16, 0.5), *[RowTree.root(1)] * 30])[0])
     assert crowded < alone
+
+
+def test_late_nodes_of_a_score_are_worth_what_they_were():
+    """Twelve nodes of one score, of which the first four are accepted often and the others hardly ever."""
+    rng = np.random.default_rng(1)
+    learned = Calibration()
+    places, scores = np.arange(1, 13), np.full(12, 0.3)
+    for _ in range(200):
+        learned.observe(scores, places, rng.random(12) < np.where(places < 5, 0.5, 0.05))
+    chances = learned.chances(scores, places)
+    assert chances[:2].min() > 0.35 and chances[9:].max() < 0.15
+    assert np.allclose(learned.chances(scores[:1], np.array([1000])), chances[-1])
+    again = Calibration()
+    again.restore(learned.state())
+    assert np.array_equal(again.chances(scores, places), chances)
+
+
+def test_what_is_certain_stays_a_chance():
+    learned = Calibration()
+    for _ in range(100):  # early nodes do better than their score says, and never more than always
+        learned.observe(np.full(8, 0.9), np.arange(1, 9), np.arange(1, 9) < 3)
+    assert learned.chances(np.array([0.9]), np.array([1]))[0] <= 1.0

@@ -66,9 +66,9 @@ Tensor invariant_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   float* packed = workspace_buffer.reserve(blocks * k.block_floats(args.type, K));
   run_guided(blocks, 0, serial || M < 64,
              [&](int64_t block, float*) { k.pack(args, block, packed); });
-  run_guided(chunks * columns, 0, serial, [&](int64_t i, float*) {
+  run_guided(chunks * columns, k.scratch_floats, serial, [&](int64_t i, float* scratch) {
     const int64_t begin = i / columns * per_unit;
-    k.run(args, packed, begin, std::min(blocks, begin + per_unit), i % columns);
+    k.run(args, packed, begin, std::min(blocks, begin + per_unit), i % columns, scratch);
   });
   workspace_buffer.trim();
   return out;

@@ -148,7 +148,10 @@ std::tuple<Tensor, Tensor> path_attention(Tensor query, Tensor key_cache, Tensor
           const int64_t end = length + (row_end - 1) / G + 1;
           first_shared.push_back(first);
           first_own.push_back(static_cast<int64_t>(own.size()));
-          for (int64_t at = common; at < end; at = stretch_end(at))
+          int64_t at = common;
+          if (prompt && window > 0)  // what it hides from all of these tokens
+            while (stretch_end(at) <= length + row / G - window + 1) at = stretch_end(at);
+          for (; at < end; at = stretch_end(at))
             add(own, b, h, row, row_end, at, std::min(stretch_end(at), end),
                 nodes.data() + paths[i].begin);
           blocks.push_back({nullptr, stretches, (rows + kSharedRows - 1) / kSharedRows, kSharedRows,

@@ -142,9 +142,9 @@ void product(const LinearArgs& a, const float* x, int64_t m, int64_t n, int64_t 
 constexpr int64_t kPairs = 8;    // of blocks of rows, at most, that pass by a stretch of weights
 constexpr int64_t kStretch = 8;  // steps
 
-void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, int64_t column) {
+void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, int64_t column,
+         float* scratch) {
   const int64_t floats = block_floats(a.type, a.K), all = steps(a.K);
-  alignas(64) float sums[kPairs][4 * kTileFloats];
   configure();
   for (; begin < end; begin += 2 * kPairs) {
     const int64_t until = begin + 2 * kPairs < end ? begin + 2 * kPairs : end;
@@ -154,7 +154,8 @@ void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, i
       for (int64_t block = begin; block < until; block += 2) {
         const auto part = block + 1 < until ? product<true> : product<false>;
         part(a, packed + block * floats, block * kTile, column * kColumns, first,
-             first + stretch < all ? first + stretch : all, sums[(block - begin) / 2]);
+             first + stretch < all ? first + stretch : all,
+             scratch + (block - begin) * 2 * kTileFloats);
       }
   }
   _tile_release();
@@ -163,6 +164,7 @@ void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, i
 }  // namespace
 
 extern const LinearKernels linear_amx_kernels;
-const LinearKernels linear_amx_kernels = {kTile, kColumns, block_floats, pack, run};
+const LinearKernels linear_amx_kernels = {kTile,        kColumns, kPairs * 4 * kTileFloats,
+                                          block_floats, pack,     run};
 
 }  // namespace branchwise::amx_bf16

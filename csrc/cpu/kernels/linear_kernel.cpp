@@ -13,6 +13,9 @@ namespace {
 
 constexpr int kRows = kLanes == 16 ? 4 : 2;  // at once; as many sums as a vector has lanes
 constexpr int kColumns = 16;
+constexpr int64_t kStretch = 32;  // vectors along K whose weights stay in the innermost cache ...
+constexpr int64_t kBlocks = 16;   // ... while so many blocks of rows pass by
+constexpr int64_t kSums = kLanes * kLanes;  // of rows and columns that are computed at once
 
 template <typename T>
 struct ProductOf {
@@ -56,10 +59,11 @@ void pack(const LinearArgs& a, int64_t block, float* packed) {
   });
 }
 
-// R rows from `m` on and kLanes / R columns from `n` on, of which N has the first `count`.
+// R rows from `m` on and kLanes / R columns from `n` on, of which N has the first `count`; terms
+// [k, end) of the sums, of which `partial` keeps what is not yet complete.
 template <int R, typename T>
-[[gnu::always_inline]] inline void product(const LinearArgs& a, const float* packed, int64_t m,
-                                           int64_t n, int64_t count) {
+void product(const LinearArgs& a, const float* packed, int64_t m, int64_t n, int64_t count,
+             int64_t k, int64_t end, float* partial) {
   using Product = typename ProductOf<T>::type;
   using Vec = typename Product::Vec;
   constexpr int C = kLanes / R;
@@ -71,7 +75,7 @@ template <int R, typename T>
     weight[c] = static_cast<const T*>(a.weight) + (n + (c < count ? c : 0)) * a.weight_stride;
   f32v sums[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) sums[i] = f32v{};
+  for (int i = 0; i < kLanes; ++i) sums[i] = k == 0 ? f32v{} : load(partial + i * kLanes);
   const auto add = [&](int64_t k, auto load_weight) {
     Vec x[R];
 #pragma GCC unroll 16
@@ -83,9 +87,13 @@ template <int R, typename T>
       for (int r = 0; r < R; ++r) sums[r * C + c] = Product::multiply_add(x[r], w, sums[r * C + c]);
     }
   };
-  int64_t k = 0;
-  for (; k + kStep <= a.K; k += kStep) add(k, [](const T* p) { return Product::row(p); });
-  if (k < a.K) add(k, [&](const T* p) { return Product::row(p, a.K - k); });
+  for (; k + kStep <= end; k += kStep) add(k, [](const T* p) { return Product::row(p); });
+  if (end < a.K) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store(partial + i * kLanes, sums[i]);
+    return;
+  }
+  if (k < end) add(k, [&](const T* p) { return Product::row(p, end - k); });
 
   float all[2 * kLanes] = {};
   store(all, folds<false>(sums));
@@ -95,31 +103,39 @@ template <int R, typename T>
     store_narrow(static_cast<T*>(a.out) + (m + r) * a.N + n, load(all + r * C) + bias, count);
 }
 
-// R rows from `m` on and all columns of the block.
-template <int R, typename T>
-void rows(const LinearArgs& a, const float* packed, int64_t m, int64_t begin, int64_t end) {
-  constexpr int C = kLanes / R;
-  for (int64_t n = begin; n < end; n += C)
-    product<R, T>(a, packed, m, n, end - n < C ? end - n : int64_t{C});
-}
-
-void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, int64_t column) {
+void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, int64_t column,
+         float* scratch) {
   by_type(a.type, [&](auto type) {
     using T = decltype(type);
+    constexpr int64_t kStep = kLanes * ProductOf<T>::type::kPack;
     const int64_t floats = block_floats(a.type, a.K), row_floats = floats / kRows;
-    const int64_t begin = column * kColumns, end = begin + kColumns < a.N ? begin + kColumns : a.N;
-    for (int64_t block = first; block < last; ++block) {
-      const float* x = packed + block * floats;
-      int64_t m = block * kRows, left = a.M - m < kRows ? a.M - m : int64_t{kRows};
-      if (left == kRows) {
-        rows<kRows, T>(a, x, m, begin, end);
-        continue;
+    const int64_t n_begin = column * kColumns;
+    const int64_t n_end = n_begin + kColumns < a.N ? n_begin + kColumns : a.N;
+    // R rows from `m` on, which are row `r` of a block and the next ones.
+    const auto rows = [&](auto count, int64_t block, int64_t r, int64_t k, int64_t end,
+                          float* partial) {
+      constexpr int R = decltype(count)::value, C = kLanes / R;
+      for (int64_t n = n_begin; n < n_end; n += C, partial += kSums)
+        product<R, T>(a, packed + block * floats + r * row_floats, block * kRows + r, n,
+                      n_end - n < C ? n_end - n : int64_t{C}, k, end, partial);
+      return partial;
+    };
+    for (; first < last; first += kBlocks) {
+      const int64_t until = first + kBlocks < last ? first + kBlocks : last;
+      const int64_t stretch = until - first > 1 ? kStretch * kStep : a.K;
+      for (int64_t k = 0; k < a.K; k += stretch) {
+        const int64_t end = k + stretch < a.K ? k + stretch : a.K;
+        for (int64_t block = first; block < until; ++block) {
+          float* partial = scratch + (block - first) * (kRows * kColumns * kLanes);
+          const int64_t left = a.M - block * kRows;
+          if (left >= kRows) {
+            rows(Int<kRows>{}, block, 0, k, end, partial);
+            continue;
+          }
+          if (left >= 2) partial = rows(Int<2>{}, block, 0, k, end, partial);
+          if (left % 2 == 1) rows(Int<1>{}, block, left - 1, k, end, partial);
+        }
       }
-      if (kRows > 2 && left >= 2) {
-        rows<2, T>(a, x, m, begin, end);
-        x += 2 * row_floats, m += 2, left -= 2;
-      }
-      if (left > 0) rows<1, T>(a, x, m, begin, end);
     }
   });
 }
@@ -127,6 +143,7 @@ void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, 
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {kRows, kColumns, block_floats, pack, run};
+const LinearKernels linear_kernels = {kRows,        kColumns, kBlocks * kRows * kColumns * kLanes,
+                                      block_floats, pack,     run};
 
 }  // namespace branchwise::BW_ISA

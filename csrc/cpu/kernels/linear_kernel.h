@@ -19,11 +19,12 @@ struct LinearArgs {
 // any other rows.
 struct LinearKernels {
   // Rows are packed in blocks of row_block, block_floats(type, K) floats for each.
-  int64_t row_block, column_block;
+  int64_t row_block, column_block, scratch_floats;
   int64_t (*block_floats)(DType type, int64_t K);
   void (*pack)(const LinearArgs&, int64_t block, float* packed);
   // One block of columns for the rows of blocks begin to end - 1; `packed` holds all blocks.
-  void (*run)(const LinearArgs&, const float* packed, int64_t begin, int64_t end, int64_t column);
+  void (*run)(const LinearArgs&, const float* packed, int64_t begin, int64_t end, int64_t column,
+              float* scratch);
 };
 
 namespace baseline {

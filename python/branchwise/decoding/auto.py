@@ -17,7 +17,7 @@ from ..drafters.hybrid import as_seen_by, foreign, merge
 from ..drafters.ranks import RankChances
 from ..tree import FOREIGN, DrawKind, RowTree
 from .profile import Profile
-from .tree_size import Calibration, CostModel, Record, best_size, cost_model
+from .tree_size import Calibration, CostModel, Record, best_size, cost_model, places_of
 
 _LEAST_BUDGET, _LEAST_NODES = 6, 32  # nodes that are proposed where few pay: per row, and in all
 # What a cheap drafter brings costs about as much to know as to use, so it is not asked in every round.
@@ -189,7 +189,8 @@ class AutoSession:
             self._records[d].drafted += nodes
             self._records[d].accepted += kept
         with self._lock:
-            self._auto.calibration.observe(np.concatenate(scores)[drafted], accepted)
+            places = places_of(np.array([len(each) for each in scores]))
+            self._auto.calibration.observe(np.concatenate(scores)[drafted], places[drafted], accepted)
 
     def keep(self, rows: Sequence[int]) -> None:
         self._names, self._last = [], [self._last[row] for row in rows]

@@ -22,6 +22,8 @@ _LOOK = 16  # forwards
 _FOLLOW, _JUMP = 0.25, 1.25  # share of a forward's change of speed that is believed, and the largest such change
 _STALE = 400  # forwards after which a sample no longer counts
 _PRIOR_TRIES = 4.0
+_PLACES = (3, 6, 10)  # nodes of a tree before these, and those behind, are looked at apart
+_PRIOR_HITS = 8.0
 _FREE = 0.01  # of a forward: a drafter that costs less is always asked, since texts change
 _TRIAL, _TRIAL_COST = 64, 3.0  # proposals, or forwards' worth of drafting, before a drafter may be left alone
 _FIRST_WAIT, _LAST_WAIT = 4, 256  # rounds until a drafter that did not pay is tried again, doubling
@@ -115,34 +117,43 @@ class CostModel:
 
 class Calibration:
     """Chance that a node is accepted, by its drafter's score: the observed frequency among nodes of similar score,
-    which starts at the score itself."""
+    which starts at the score itself; times a factor for the node's place in the tree, which starts at 1, since what
+    comes late among nodes of one score is accepted less often, and it is late nodes that a size decides about."""
 
     def __init__(self) -> None:
         self._prior_hits = _PRIOR_TRIES * ((np.arange(_SCORE_BUCKETS) + 0.5) / _SCORE_BUCKETS) ** 2
         self.hits, self.tries = np.zeros(_SCORE_BUCKETS), np.zeros(_SCORE_BUCKETS)
+        self.hits_at, self.expected_at = np.zeros(len(_PLACES) + 1), np.zeros(len(_PLACES) + 1)  # by place
 
-    def chances(self, scores: np.ndarray) -> np.ndarray:
-        """Estimated probability of acceptance for drafter scores in [0, 1]."""
-        rate = (self.hits + self._prior_hits) / (self.tries + _PRIOR_TRIES)
-        return rate[_bucket(scores)]
+    def chances(self, scores: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Estimated probability of acceptance for drafter scores in [0, 1] and places in the tree, the root's 0."""
+        factor = (self.hits_at + _PRIOR_HITS) / (self.expected_at + _PRIOR_HITS)
+        return np.minimum(self._rate()[_bucket(scores)] * factor[_class(places)], 1.0)
 
-    def observe(self, scores: np.ndarray, accepted: np.ndarray) -> None:
+    def observe(self, scores: np.ndarray, places: np.ndarray, accepted: np.ndarray) -> None:
         """``accepted``: bool per score, of one round."""
         if len(scores) == 0:
             return
-        bucket = _bucket(scores)
-        self.hits *= _FORGET
-        self.tries *= _FORGET
+        bucket, place = _bucket(scores), _class(places)
+        expected = self._rate()[bucket]
+        for counts in (self.hits, self.tries, self.hits_at, self.expected_at):
+            counts *= _FORGET
         np.add.at(self.hits, bucket, accepted.astype(np.float64))
         np.add.at(self.tries, bucket, 1.0)
+        np.add.at(self.hits_at, place, accepted.astype(np.float64))
+        np.add.at(self.expected_at, place, expected)
+
+    def _rate(self) -> np.ndarray:
+        return (self.hits + self._prior_hits) / (self.tries + _PRIOR_TRIES)
 
     def state(self) -> dict[str, list[float]]:
         """For :meth:`restore`."""
-        return {"hits": self.hits.tolist(), "tries": self.tries.tolist()}
+        return {name: getattr(self, name).tolist() for name in ("hits", "tries", "hits_at", "expected_at")}
 
     def restore(self, state: dict[str, list[float]]) -> None:
         """Goes on from what was learned before."""
-        self.hits, self.tries = np.array(state["hits"]), np.array(state["tries"])
+        for name, counts in state.items():
+            setattr(self, name, np.array(counts))
 
 
 @dataclass
@@ -255,7 +266,7 @@ class TreeSizer:
         """``accepted``: node ids of the accepted path, root included."""
         hit = np.zeros(len(tree), bool)
         hit[list(accepted)] = True
-        self.calibration.observe(tree.scores[1:], hit[1:])
+        self.calibration.observe(tree.scores[1:], np.arange(1, len(tree)), hit[1:])
 
 
 def best_size(calibration: Calibration, trees: Sequence[RowTree], cost: CostModel) -> tuple[int, float]:
@@ -267,15 +278,23 @@ def best_size(calibration: Calibration, trees: Sequence[RowTree], cost: CostMode
         cost: of a forward.
     """
     lengths = np.array([len(tree) for tree in trees])
-    chances = calibration.chances(np.concatenate([tree.scores for tree in trees]))
-    # Each node's place in its row; roots are kept for sure.
-    place = np.arange(len(chances)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    chances[place == 0] = 1.0
+    place = places_of(lengths)
+    chances = calibration.chances(np.concatenate([tree.scores for tree in trees]), place)
+    chances[place == 0] = 1.0  # roots are kept for sure
     sizes = np.arange(1, lengths.max() + 1)
     rate = np.cumsum(np.bincount(place, chances)) / cost.seconds(len(trees) * sizes)
     least = max(tree.fixed for tree in trees) - 1
     best = least + int(rate[least:].argmax())
     return int(sizes[best]), float(rate[best])
+
+
+def places_of(lengths: np.ndarray) -> np.ndarray:
+    """Each node's place in its tree, for trees of i64[B] ``lengths`` one behind the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _class(places: np.ndarray) -> np.ndarray:
+    return np.searchsorted(_PLACES, places, side="right")
 
 
 def _bucket(scores: np.ndarray) -> np.ndarray:
