@@ -93,8 +93,8 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
   for (size_t i = 0; i + 1 < first_unit.size(); ++i)
     unfinished.push_back(first_unit[i + 1] - first_unit[i]);
 
-  const AttentionKernels& k = BW_KERNELS(attention_kernels);
   const int64_t block_rows = std::min(T, large_block) * G;
+  const AttentionKernels& k = block_rows > 8 ? many_rows_kernels() : BW_KERNELS(attention_kernels);
   // A short prefix is less work than waking the threads.
   const bool serial = slots_read * D * (block_rows + 4) < (1 << 18);
   const int64_t scratch = scratch_floats(block_rows, D);

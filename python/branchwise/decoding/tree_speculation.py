@@ -54,8 +54,8 @@ class TreeSpeculation(Decoder):
         deterministic: logits depend on the text alone, bit for bit. So what is said greedily, or sampled from retrieved
             drafts, does not depend on the drafter, what it remembers, the machine's speed of the moment, or the batch.
             On the CPU, for dense models without a KV policy. None: in bfloat16 and float16, where near-ties would be a
-            matter of rounding otherwise; a forward over a tree takes 0 to 3 % longer there, one over a single token 5
-            to 7 % (SmolLM2, 2 cores, up to 4000 tokens of prefix; ``bench/deterministic.py``).
+            matter of rounding otherwise; a forward over a tree takes 2 to 6 % longer there, one over a single token 3
+            to 15 % (SmolLM2, 2 cores with AMX, 200 to 4000 tokens of prefix; ``bench/deterministic.py``).
 
     Raises:
         ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
