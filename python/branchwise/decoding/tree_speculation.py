@@ -53,9 +53,10 @@ class TreeSpeculation(Decoder):
             but changes to the model's modules (hooks, adapters that are switched) need a new object.
         deterministic: logits depend on the text alone, bit for bit. So what is said greedily, or sampled from retrieved
             drafts, does not depend on the drafter, what it remembers, the machine's speed of the moment, or the batch.
-            On the CPU, for dense models without a KV policy. None: in bfloat16 and float16, where near-ties would be a
-            matter of rounding otherwise; a forward over a tree takes 2 to 6 % longer there, one over a single token 3
-            to 15 % (SmolLM2, 2 cores with AMX, 200 to 4000 tokens of prefix; ``bench/deterministic.py``).
+            On the CPU, for dense models of ``torch.nn.Linear`` layers without a KV policy. None: in bfloat16 and
+            float16, where near-ties would be a matter of rounding otherwise; a forward over a tree takes 2 to 6 %
+            longer there, one over a single token 3 to 15 % (SmolLM2, 2 cores with AMX, 200 to 4000 tokens of prefix;
+            ``bench/deterministic.py``).
 
     Raises:
         ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
