@@ -13,8 +13,7 @@ from branchwise import ops
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores, and tiny models gain nothing from threads
 
-# Above avx512_bf16 only invariant_linear has a kernel of its own.
-LEVELS = [level for level in ops.ISA_LEVELS[: ops.ISA_LEVELS.index(ops.cpu_isa()[1]) + 1] if level != "amx_bf16"]
+LEVELS = ops.ISA_LEVELS[: ops.ISA_LEVELS.index(ops.cpu_isa()[1]) + 1]
 
 
 @pytest.fixture(params=LEVELS)

@@ -14,15 +14,6 @@ SIZES = [(576, 192), (64, 48), (100, 37), (33, 16), (257, 130), (31, 1), (1, 5)]
 ROWS = (1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 32, 33, 48, 64, 100, 257, 300)
 
 
-@pytest.fixture(params=ops.ISA_LEVELS[: ops.ISA_LEVELS.index(ops.cpu_isa()[1]) + 1])
-def isa(request):
-    """Also the level that no other op has a kernel for."""
-    before = ops.cpu_isa()[0]
-    ops.set_cpu_isa(request.param)
-    yield request.param
-    ops.set_cpu_isa(before)
-
-
 def layer(K, N, rows, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, K), (N, K), (N,))]

@@ -111,7 +111,7 @@ void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, 
     const int64_t floats = block_floats(a.type, a.K), row_floats = floats / kRows;
     const int64_t n_begin = column * kColumns;
     const int64_t n_end = n_begin + kColumns < a.N ? n_begin + kColumns : a.N;
-    // R rows from `m` on, which are row `r` of a block and the next ones.
+    // R rows, the r-th of a block and the next ones; returns where other rows may keep their sums.
     const auto rows = [&](auto count, int64_t block, int64_t r, int64_t k, int64_t end,
                           float* partial) {
       constexpr int R = decltype(count)::value, C = kLanes / R;

@@ -188,8 +188,8 @@ class AutoSession:
         for d, nodes, kept in zip(self._asked, own.sum(1).tolist(), (own & accepted).sum(1).tolist(), strict=True):
             self._records[d].drafted += nodes
             self._records[d].accepted += kept
+        places = places_of(np.array([len(each) for each in scores]))
         with self._lock:
-            places = places_of(np.array([len(each) for each in scores]))
             self._auto.calibration.observe(np.concatenate(scores)[drafted], places[drafted], accepted)
 
     def keep(self, rows: Sequence[int]) -> None:
