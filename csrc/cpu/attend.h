@@ -10,12 +10,11 @@
 
 namespace branchwise {
 
-// The kernels for more rows than the few-rows form takes. The CPU with AMX that was measured
-// multiplies pairs of bf16 no faster than floats, and floats need no rounding on the way: 0.73 to
-// 0.79 of the time with 16 tokens.
-inline const AttentionKernels& many_rows_kernels() {
+// The kernels for more rows than the few-rows form takes.
+inline const AttentionKernels& many_rows_kernels(const AttentionArgs& a) {
 #if defined(__x86_64__)
-  if (current_isa() == Isa::amx_bf16) return avx512::attention_kernels;
+  if (current_isa() == Isa::amx_bf16 && a.type == DType::bf16 && a.D % 32 == 0)
+    return amx_bf16::attention_kernels;
 #endif
   return BW_KERNELS(attention_kernels);
 }

@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor> cascade_attention(Tensor query, Tensor key_cache, Ten
   std::unique_ptr<std::atomic<int32_t>[]> unfinished(new std::atomic<int32_t>[count.size()]);
   for (size_t i = 0; i < count.size(); ++i) unfinished[i] = count[i];
 
-  const AttentionKernels& k = many_rows_kernels();
+  const AttentionKernels& k = many_rows_kernels(args);
   const int64_t most_rows = static_cast<int64_t>(std::min<size_t>(together, B)) * tokens * G;
   const bool serial = slots_read * D < (1 << 18);
   run_guided(static_cast<int64_t>(units.size()), shared_scratch_floats(most_rows, D), serial,

@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> path_attention(Tensor query, Tensor key_cache, Tensor
     blocks[i].own = own.data() + first_own[i];
   }
 
-  const AttentionKernels& k = many_rows_kernels();
+  const AttentionKernels& k = many_rows_kernels(args);
   const bool serial = slots_read * D < (1 << 18);
   run_guided(static_cast<int64_t>(shared.size()),
              shared_scratch_floats(std::min(T * G, kSharedRows), D), serial,

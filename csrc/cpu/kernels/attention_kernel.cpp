@@ -12,18 +12,26 @@ namespace {
 #include "cpu/kernels/few_rows-inl.h"
 #include "cpu/kernels/many_rows-inl.h"
 #include "cpu/kernels/pack-inl.h"
+#if defined(__AMX_BF16__)
+#include "cpu/kernels/many_rows_amx-inl.h"
+#endif
 
 // Calls f with the element type and the product of a call.
 template <typename F>
 void by_kernel(const AttentionArgs& a, F f) {
+#if defined(__AMX_BF16__)
+  (void)a;
+  f(Bf16{}, AmxProduct{});  // this level is asked for nothing else
+#else
   by_type(a.type, [&](auto type) {
     with_product<decltype(type)>(a.D, [&](auto product) { f(type, product); });
   });
+#endif
 }
 
 template <typename T, typename M, int R = 1>
 void run_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query, float* scratch) {
-  if constexpr (R > kFewRows) {
+  if constexpr (kTileRegisters || R > kFewRows) {
     run_many_rows<T, M>(a, u, query, scratch);
   } else if (u.row_end - u.row_begin == R) {
     run_few_rows<T, M, R>(a, u, query, scratch);
@@ -52,7 +60,7 @@ void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
 
 void merge_units(const AttentionArgs& a, const AttentionUnit* units, int64_t count) {
   by_type(a.type, [&](auto type) {
-    if (units[0].row_end - units[0].row_begin <= kLanes)
+    if (row_after_row(units[0].row_end - units[0].row_begin))
       merge_few_rows<decltype(type)>(a, units, count);
     else
       merge_many_rows<decltype(type)>(a, units, count);
@@ -67,7 +75,7 @@ void run_shared(const AttentionArgs& a, const AttentionUnit& u, float* scratch) 
                                          [&](int64_t r) { return query_row<T>(a, u, r); });
     float* rest = scratch + query_floats(rows, a.D);
     const int64_t ld = few_rows_stride(a.D);
-    if (rows <= kLanes) {
+    if (row_after_row(rows)) {
       if (u.begun != nullptr)
         for (int64_t r = 0; r < rows; ++r)
           __builtin_memcpy(u.partial + r * ld, u.begun[r].out(ld), sizeof(float) * ld);

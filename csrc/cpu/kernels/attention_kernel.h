@@ -83,14 +83,16 @@ inline int64_t few_rows_stride(int64_t D) { return round_up(D, 2 * kRowPad); }
 inline int64_t partial_floats(int64_t rows, int64_t D) {
   return (few_rows_stride(D) + 2) * padded_rows(rows);
 }
+// Floats that hold the scores of a tile for rows that are handled together.
+constexpr int64_t kScoreFloats = kKeyTile * 4 * kRowPad;
 // Floats that hold its packed queries, and all that a thread needs beside the result.
 inline int64_t query_floats(int64_t rows, int64_t D) {
   return round_up(D, kRowPad) * padded_rows(rows);
 }
 inline int64_t scratch_floats(int64_t rows, int64_t D) {
-  return query_floats(rows, D) + kKeyTile * 3 * kRowPad  // scores of one tile
-         + 2 * kKeyTile * round_up(D, kRowPad)  // keys and values as the products read them
-         + 8 * padded_rows(rows);               // per-row bounds and bit words
+  return query_floats(rows, D) + kScoreFloats +
+         2 * kKeyTile * round_up(D, kRowPad)  // keys and values as the products read them
+         + 8 * padded_rows(rows);             // per-row bounds and bit words
 }
 
 // merge_attention on [n] rows of D values.
@@ -140,6 +142,9 @@ extern const AttentionKernels attention_kernels;
 }
 namespace avx512_bf16 {
 extern const AttentionKernels attention_kernels;
+}
+namespace amx_bf16 {
+extern const AttentionKernels attention_kernels;  // of bf16 with a head dim of 32, 64, 96, ...
 }
 
 }  // namespace branchwise

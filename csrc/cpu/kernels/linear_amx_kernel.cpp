@@ -8,11 +8,11 @@
 namespace branchwise::amx_bf16 {
 namespace {
 
+#include "cpu/kernels/amx-inl.h"
 #include "cpu/kernels/half-inl.h"
 
-constexpr int64_t kTile = 16, kStep = 32;  // rows of a tile, and values along K in one
+constexpr int64_t kTile = kTileRows, kStep = 32;  // and values along K in a tile
 constexpr int64_t kColumns = 2 * kTile;
-constexpr int64_t kTileFloats = kTile * kTile;
 
 int64_t steps(int64_t K) { return (K + kStep - 1) / kStep; }
 
@@ -37,16 +37,6 @@ void pack(const LinearArgs& a, int64_t block, float* packed) {
   }
 }
 
-struct TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t bytes_per_row[16];
-  uint8_t rows[16];
-};
-
-// Eight full tiles. A constant, as the intrinsic tells the compiler of its first bytes only.
-alignas(64) constexpr TileConfig kConfig = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
 // 16 rows of the weights from `n` on, at `k`: where they lie, or a copy with zeros for what they
 // lack.
 struct WeightTile {
@@ -63,7 +53,6 @@ struct WeightTile {
     __builtin_memset(copy, 0, sizeof copy);
     for (int64_t r = 0; r < rows; ++r)
       __builtin_memcpy(copy[r], from + r * a.weight_stride, size * sizeof(Bf16));
-    asm volatile("" ::: "memory");  // the compiler does not know what a tile load reads
     data = copy, stride = sizeof copy[0];
   }
 };
@@ -102,35 +91,28 @@ void product(const LinearArgs& a, const float* x, int64_t m, int64_t n, int64_t 
              float* sums) {
   const int64_t floats = block_floats(a.type, a.K);
   const bool wide = n + kTile < a.N;
-  if (first == 0) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + kTileFloats, 64);
-    _tile_loadd(2, sums + 2 * kTileFloats, 64);
-    _tile_loadd(3, sums + 3 * kTileFloats, 64);
-  }
+  unrolled<4>([&](auto i) {
+    constexpr int R = decltype(i)::value;
+    first == 0 ? clear_tile<R>() : load_tile<R>(sums + R * kTileFloats, kTileBytes);
+  });
   for (int64_t step = first; step < last; ++step) {
     const int64_t k = step * kStep;
     const WeightTile low(a, n, k), high(a, wide ? n + kTile : n, k);
-    _tile_loadd(4, low.data, low.stride);
-    _tile_loadd(5, high.data, high.stride);
-    _tile_loadd(6, x + step * kTileFloats, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
+    load_tile<4>(low.data, low.stride);
+    load_tile<5>(high.data, high.stride);
+    load_tile<6>(x + step * kTileFloats, kTileBytes);
+    multiply_tiles<0, 4, 6>();
+    multiply_tiles<1, 5, 6>();
     if constexpr (Two) {
-      _tile_loadd(7, x + floats + step * kTileFloats, 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      load_tile<7>(x + floats + step * kTileFloats, kTileBytes);
+      multiply_tiles<2, 4, 7>();
+      multiply_tiles<3, 5, 7>();
     }
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kTileFloats, 64);
-  _tile_stored(2, sums + 2 * kTileFloats, 64);
-  _tile_stored(3, sums + 3 * kTileFloats, 64);
+  unrolled<4>([&](auto i) {
+    constexpr int R = decltype(i)::value;
+    store_tile<R>(sums + R * kTileFloats, kTileBytes);
+  });
   if (last < steps(a.K)) return;
   write(a, sums, m, n);
   if constexpr (Two) write(a, sums + 2 * kTileFloats, m + kTile, n);
@@ -142,7 +124,7 @@ constexpr int64_t kStretch = 8;  // steps
 void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, int64_t column,
          float* scratch) {
   const int64_t floats = block_floats(a.type, a.K), all = steps(a.K);
-  _tile_loadconfig(&kConfig);
+  const TilesInUse in_use;
   for (; begin < end; begin += 2 * kPairs) {
     const int64_t until = begin + 2 * kPairs < end ? begin + 2 * kPairs : end;
     // Weights of a stretch stay in the innermost cache while rows of x pass by.
@@ -155,7 +137,6 @@ void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, i
              scratch + (block - begin) * 2 * kTileFloats);
       }
   }
-  _tile_release();
 }
 
 }  // namespace

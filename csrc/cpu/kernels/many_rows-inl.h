@@ -62,16 +62,12 @@ void mask_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, in
 
 // Probabilities of one tile for one group of NV vectors of rows, before they are divided by their
 // sum; `alpha` takes what is there already down to the new maximum.
-template <typename M, int NV, typename P>
-inline void weigh_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>& tile,
-                       P& ahead, const float* query, const RowBounds& rows, int64_t row_count,
-                       int64_t hidden, float* scores, f32v (&alpha)[NV], float* row_max,
-                       float* row_sum) {
+template <typename M, int NV>
+inline void weigh_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, int64_t count,
+                       const RowBounds& rows, int64_t row_count, int64_t hidden, float* scores,
+                       f32v (&alpha)[NV], float* row_max, float* row_sum) {
   constexpr int64_t ld = NV * kLanes;
   constexpr int kPack = M::kPack;
-  const int64_t count = tile.count;
-  score_lines<M, NV>(query, tile.keys, count, a.D / kPack, scores, ahead);
-
   // The scale waits for the subtraction of the maximum, where it is part of a multiply-add; that
   // needs a positive one and nothing in between.
   float scale = a.scale * kLog2e;
@@ -83,9 +79,9 @@ inline void weigh_tile(const AttentionArgs& a, const AttentionUnit& u, const Lin
     for (int64_t i = 0; i < count * ld; i += kLanes) store(scores + i, load(scores + i) * scale);
     scale = 1.f;
   }
-  const bool window_cuts = hidden > tile.begin;
-  if (window_cuts || tile.begin + count > u.places->prefix)
-    mask_tile<NV>(a, u, tile.begin, count, rows, row_count, window_cuts, scores);
+  const bool window_cuts = hidden > begin;
+  if (window_cuts || begin + count > u.places->prefix)
+    mask_tile<NV>(a, u, begin, count, rows, row_count, window_cuts, scores);
 
   for (int v = 0; v < NV; ++v) {
     float* column = scores + v * kLanes;
@@ -121,7 +117,8 @@ void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>&
                  const float* query, const RowBounds& rows, int64_t row_count, int64_t hidden,
                  float* scores, float* out, float* row_max, float* row_sum) {
   f32v alpha[NV];
-  weigh_tile<M, NV>(a, u, tile, ahead, query, rows, row_count, hidden, scores, alpha, row_max,
+  score_lines<M, NV>(query, tile.keys, tile.count, a.D / M::kPack, scores, ahead);
+  weigh_tile<M, NV>(a, u, tile.begin, tile.count, rows, row_count, hidden, scores, alpha, row_max,
                     row_sum);
   const int64_t steps = (tile.count + M::kPack - 1) / M::kPack;
   int64_t d = 0;
@@ -171,28 +168,32 @@ void add_row_lanes(const Tile<T>& tile, P& ahead, int64_t rows, int64_t D, const
 // be. A group's data (query^T, out^T) is contiguous and starts at first_row * D.
 template <typename F>
 inline void for_each_group(int64_t rows, F f) {
-  const int64_t vectors = (rows + kLanes - 1) / kLanes, groups = (vectors + 2) / 3;
+  constexpr int64_t kMost = kTileRegisters ? 2 : 3;
+  const int64_t vectors = (rows + kLanes - 1) / kLanes, groups = (vectors + kMost - 1) / kMost;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = vectors * g / groups, end = vectors * (g + 1) / groups;
     f(first * kLanes, static_cast<int>(end - first));
   }
 }
 
+// Whether partial results of so many rows lie row after row, as those of few rows.
+inline bool row_after_row(int64_t rows) { return kTileRegisters || rows <= kLanes; }
+
 // Partial result: out^T [D][rows of a group], group after group | max [rows] | sum [rows], rows
-// padded. Of rows of one vector, that of few rows. Where rows have begun, `out` holds what they
-// have.
+// padded; or that of few rows. Where rows have begun, `out` holds what they have.
 template <typename T, typename M>
 void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                    float* scratch) {
   const int64_t rows = u.rows(), padded = padded_rows(rows), width = round_up(a.D, kRowPad);
   float* scores = scratch;
-  float* converted = scores + kKeyTile * 3 * kRowPad;
+  float* converted = scores + kScoreFloats;
   int32_t* ints = reinterpret_cast<int32_t*>(converted + 2 * kKeyTile * width);
   const RowBounds all{ints, ints + padded, ints + 2 * padded};
-  const bool one_vector = rows <= kLanes;
+  [[maybe_unused]] typename M::InUse in_use{};
+  const bool one_vector = rows <= kLanes, by_row = row_after_row(rows);
   const int64_t ld_out = few_rows_stride(a.D);
   float* out = u.partial;
-  float* row_max = out + (one_vector ? ld_out : a.D) * padded;
+  float* row_max = out + (by_row ? ld_out : a.D) * padded;
   float* row_sum = row_max + padded;
 
   int32_t highest_low = 0, lowest_low = INT32_MAX;
@@ -216,33 +217,50 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   Lines<M> lines;
   const WindowCut cut = cut_window(a, u, lowest_low, highest_low);
   int64_t slot = cut.first;
-  // Values are read twice then, which the first cache level should bear. Not in shared units, where
-  // tiles must not depend on how many rows there are.
-  const bool small = one_vector && u.batches == nullptr;
-  const int64_t size = small ? small_tile(2 * a.D * static_cast<int64_t>(sizeof(T))) : kKeyTile;
+  // Tiles of shared units must not depend on how many rows there are. Others are as large as scores
+  // have room, so that sums in tile registers are loaded and stored less often; and small where
+  // vectors read values twice, which the first cache level should bear.
+  const bool small = !kTileRegisters && one_vector && u.batches == nullptr;
+  const int64_t size = u.batches != nullptr ? kKeyTile
+                       : small              ? small_tile(2 * a.D * static_cast<int64_t>(sizeof(T)))
+                                            : kMostSlots;
   find_tile(a, u, slot, size, tile);
   for (; slot < u.slot_end; slot += size) {
     find_tile(a, u, slot + size, size, next);
     touch_ahead<T>(a, u, slot, size);
     lines.begin = tile->begin;
     lines.count = tile->count;
-    make_key_lines(tile->keys(), tile->count, a.D, converted, &lines);
     Prefetcher<T> ahead(next->rows, 2 * size, a.D);
-    if (one_vector) {
+    const auto bounds = [&](int64_t first) {
+      return RowBounds{all.node + first, all.low + first, all.word + first};
+    };
+    if constexpr (kTileRegisters) {
+      const auto operands = M::operands(*tile, a.D, converted);
+      for_each_group(rows, [&](int64_t first, int nv) {
+        const auto attend = [&](auto vectors) {
+          M::template attend<decltype(vectors)::value>(
+              a, u, *tile, operands, ahead, query + first * a.D, bounds(first), cut.hidden, scores,
+              out + first * ld_out, ld_out, row_max + first, row_sum + first);
+        };
+        nv == 2 ? attend(Int<2>{}) : attend(Int<1>{});
+      });
+    } else if (one_vector) {
+      make_key_lines(tile->keys(), tile->count, a.D, converted, &lines);
       f32v alpha[1];
-      weigh_tile<M, 1>(a, u, lines, ahead, query, all, kLanes, cut.hidden, scores, alpha, row_max,
-                       row_sum);
+      score_lines<M, 1>(query, lines.keys, lines.count, a.D / M::kPack, scores, ahead);
+      weigh_tile<M, 1>(a, u, lines.begin, lines.count, all, kLanes, cut.hidden, scores, alpha,
+                       row_max, row_sum);
       float alphas[kLanes];
       store(alphas, alpha[0]);
       add_row_lanes<M>(*tile, ahead, rows, a.D, scores, alphas, out, ld_out);
     } else {
+      make_key_lines(tile->keys(), tile->count, a.D, converted, &lines);
       make_value_lines(tile->values(), tile->count, a.D, converted + kKeyTile * width, &lines);
       for_each_group(rows, [&](int64_t first, int nv) {
-        const RowBounds part{all.node + first, all.low + first, all.word + first};
         const int64_t ld = nv * kLanes, count = first + ld < padded ? ld : padded - first;
         const auto call =
             nv == 3 ? attend_tile<M, 3, Prefetcher<T>> : attend_tile<M, 2, Prefetcher<T>>;
-        call(a, u, lines, ahead, query + first * a.D, part, count, cut.hidden, scores,
+        call(a, u, lines, ahead, query + first * a.D, bounds(first), count, cut.hidden, scores,
              out + first * a.D, row_max + first, row_sum + first);
       });
     }
@@ -250,7 +268,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
     tile = next;
     next = done;
   }
-  if (one_vector) {
+  if (by_row) {
     __builtin_memmove(out + rows * ld_out, row_max, sizeof(float) * rows);
     __builtin_memmove(out + rows * ld_out + rows, row_sum, sizeof(float) * rows);
   }

@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/half-inl.h"
 #include "cpu/kernels/product-inl.h"
+#include "cpu/kernels/tile-inl.h"
 #include "cpu/kernels/vec-inl.h"
 
 // Accumulators kBroadcast x NV must fit the registers beside NV loaded vectors.
@@ -15,7 +16,7 @@ constexpr int kBroadcast = NV == 1 || kRegisters == 32 ? 8 : 4;
 template <int NV>
 constexpr int kWide = NV == 1 && kRegisters == 32 ? 16 : kBroadcast<NV>;
 
-constexpr int64_t kPairs = kKeyTile / 2;
+constexpr int64_t kPairs = kMostSlots / 2;
 
 // A tile as the products read it: lines of elements.
 template <typename M>

@@ -41,7 +41,7 @@ void pack_many_rows(int64_t rows, int64_t D, float* packed, const F& row_of) {
 template <typename T, typename M, typename F>
 void pack_query(int64_t rows, int64_t D, float* packed, const F& row_of) {
   constexpr int64_t kChunk = kLanes * M::kPack;
-  if (rows > kFewRows) return pack_many_rows<T, M>(rows, D, packed, row_of);
+  if (kTileRegisters || rows > kFewRows) return pack_many_rows<T, M>(rows, D, packed, row_of);
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = row_of(r);
     for (int64_t d = 0; d < D; d += kChunk) {

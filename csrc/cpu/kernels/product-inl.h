@@ -6,8 +6,16 @@
 #include "cpu/kernels/half-inl.h"
 #include "cpu/kernels/vec-inl.h"
 
+// A level of tile registers is asked for products of bf16 with many rows in them, and nothing else.
+#if defined(__AMX_BF16__)
+constexpr bool kTileRegisters = true;
+#else
+constexpr bool kTileRegisters = false;
+#endif
+
 struct Fp32Product {
   static constexpr int kPack = 1;
+  struct InUse {};  // lives while products are formed
   using Vec = f32v;
   using Element = float;
   static Vec broadcast(const Element* p) { return splat(*p); }
@@ -41,6 +49,7 @@ typedef uint16_t bf16v __attribute__((vector_size(64)));
 
 struct Bf16Product {
   static constexpr int kPack = 2;
+  struct InUse {};
   using Vec = i32v;
   struct Element {
     uint16_t pair[2];

@@ -2,13 +2,16 @@
 #pragma once
 
 #include "cpu/kernels/half-inl.h"
+#include "cpu/kernels/product-inl.h"
+
+constexpr int64_t kMostSlots = kTileRegisters ? 2 * kKeyTile : kKeyTile;  // of a tile
 
 // A tile's rows of both caches; rows behind `count` are zeros, so that loops need no tails.
 template <typename T>
 struct Tile {
-  int64_t begin, count;         // places [begin, begin + count)
-  int64_t size;                 // most that it can hold
-  const T* rows[2 * kKeyTile];  // `size` keys, then as many values
+  int64_t begin, count;           // places [begin, begin + count)
+  int64_t size;                   // most that it can hold
+  const T* rows[2 * kMostSlots];  // `size` keys, then as many values
   const T** keys() { return rows; }
   const T** values() { return rows + size; }
   const T* const* keys() const { return rows; }
