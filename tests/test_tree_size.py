@@ -3,7 +3,7 @@
 import numpy as np
 
 from branchwise import RowTree
-from branchwise.decoding.tree_size import Calibration, CostModel, TreeSizer
+from branchwise.decoding.tree_size import Calibration, CostModel, TreeSizer, best_size
 
 
 def chain(n, score):
@@ -132,3 +132,26 @@ def test_what_is_certain_stays_a_chance():
     for _ in range(100):  # early nodes do better than their score says, and never more than always
         learned.observe(np.full(8, 0.9), np.arange(1, 9), np.arange(1, 9) < 3)
     assert learned.chances(np.array([0.9]), np.array([1]))[0] <= 1.0
+
+
+class _Known(Calibration):
+    def __init__(self, chance):
+        super().__init__()
+        self._chance = chance
+
+    def chances(self, scores, places):
+        return np.full(len(scores), self._chance)
+
+
+def test_a_batch_waits_for_its_slowest_row():
+    """Rare acceptances fall to one row or another, and the batch ends with the one that had fewest."""
+    cost = CostModel()
+    for size in (1, 2, 16, 32):
+        for _ in range(5):
+            cost.observe(size, 1 + 0.002 * size)
+    trees = [chain(2, 0.5)] * 16  # a second node costs 2 % of a forward for one row, 3 % for sixteen
+    assert best_size(_Known(0.06), trees[:1], cost)[0] == 2
+    assert best_size(_Known(0.06), trees, cost)[0] == 1
+    assert best_size(_Known(0.5), trees, cost)[0] == 2
+    size, rate = best_size(_Known(0.06), [chain(1, 0.5)] * 16, cost)
+    assert size == 1 and np.isclose(rate, 16 / cost.seconds(np.array([16]))[0])  # without drafts no row waits

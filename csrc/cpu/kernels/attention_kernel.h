@@ -7,7 +7,9 @@
 //     broadcast, and used by all of them, without transposes or horizontal sums;
 //   few rows (at most half the lanes): the head dim is in the lanes, dot products;
 //   rows of one vector in between: scores as the former, values as the latter.
-// Products are fp32, or pairs of bf16 where the level has the instruction (product-inl.h).
+// On a level with tile registers, many rows of bf16 (five and more) are computed in those instead
+// (many_rows_amx-inl.h). Products are fp32, or pairs of bf16 where the level has the instruction
+// (product-inl.h).
 //
 // Work is cut into units = (batch row, KV head, block of packed rows, split of the KV places). A
 // unit leaves its unnormalised result in the workspace; whoever finishes the last split of a block

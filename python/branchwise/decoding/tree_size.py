@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import NormalDist, median
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,6 +28,7 @@ _FREE = 0.01  # of a forward: a drafter that costs less is always asked, since t
 _TRIAL, _TRIAL_COST = 64, 3.0  # proposals, or forwards' worth of drafting, before a drafter may be left alone
 _FIRST_WAIT, _LAST_WAIT = 4, 256  # rounds until a drafter that did not pay is tried again, doubling
 _RECENT, _RECENT_GAIN = 0.9, 0.8  # weight of the past in running means
+_TEXT = 64  # rounds, over which luck evens out
 _PRIOR_SLOPE = 0.04  # cost of one more token relative to the smallest forward, where nothing was measured
 
 
@@ -270,7 +271,8 @@ class TreeSizer:
 
 
 def best_size(calibration: Calibration, trees: Sequence[RowTree], cost: CostModel) -> tuple[int, float]:
-    """The common number of nodes with the most expected tokens per second, and that rate.
+    """The common number of nodes with the most expected tokens per second, and that rate; of a batch, where rows wait
+    for the slowest, see :func:`_lag`.
 
     Args:
         calibration: what scores are worth.
@@ -281,11 +283,27 @@ def best_size(calibration: Calibration, trees: Sequence[RowTree], cost: CostMode
     place = places_of(lengths)
     chances = calibration.chances(np.concatenate([tree.scores for tree in trees]), place)
     chances[place == 0] = 1.0  # roots are kept for sure
-    sizes = np.arange(1, lengths.max() + 1)
-    rate = np.cumsum(np.bincount(place, chances)) / cost.seconds(len(trees) * sizes)
+    rows, sizes = len(trees), np.arange(1, lengths.max() + 1)
+    tokens = np.cumsum(np.bincount(place, chances)) / rows
+    rate = rows * (tokens - _lag(tokens, rows, cost)) / cost.seconds(rows * sizes)
     least = max(tree.fixed for tree in trees) - 1
     best = least + int(rate[least:].argmax())
     return int(sizes[best]), float(rate[best])
+
+
+def _lag(tokens: np.ndarray, rows: int, cost: CostModel) -> np.ndarray:
+    """Tokens per round by which the slowest row of a batch falls behind its mean, by mere luck.
+
+    A batch takes as long as its slowest row, and rows that end before it save only what is their own in a forward.
+    Accepted drafts, ``tokens - 1``, are taken to be Poisson distributed, and the slowest row's sum over a text to
+    be the least of ``rows`` normal ones. The number of rounds is our choice, not measured.
+    """
+    if rows == 1:
+        return np.zeros_like(tokens)
+    least = NormalDist().inv_cdf((rows - 0.375) / (rows + 0.25))
+    one, all_rows = cost.seconds(np.array([1, rows]))
+    shared = max(float(one * rows - all_rows) / ((rows - 1) * float(all_rows)), 0.0)  # of a forward
+    return shared * least * np.sqrt((tokens - 1) / _TEXT)
 
 
 def places_of(lengths: np.ndarray) -> np.ndarray:

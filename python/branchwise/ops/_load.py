@@ -31,7 +31,7 @@ def cpu_isa() -> tuple[str, str]:
     """The CPU instruction set in use, and the best one of this machine.
 
     Chosen on first use; the environment variable ``BRANCHWISE_CPU_ISA`` (baseline, avx2, avx512,
-    avx512_bf16, amx_bf16) lowers it. Only :func:`invariant_linear` has a kernel of its own for the last.
+    avx512_bf16, amx_bf16) lowers it. The last is for attention over bf16 and :func:`invariant_linear`.
     """
     chosen, best = torch.ops.branchwise.cpu_isa(-1)
     return ISA_LEVELS[chosen], ISA_LEVELS[best]
