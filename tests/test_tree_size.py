@@ -149,7 +149,7 @@ def test_a_batch_waits_for_its_slowest_row():
     for size in (1, 2, 16, 32):
         for _ in range(5):
             cost.observe(size, 1 + 0.002 * size)
-    trees = [chain(2, 0.5)] * 16  # a second node costs 2 % of a forward for one row, 3 % for sixteen
+    trees = [chain(2, 0.5)] * 16  # a second node costs 0.2 % of a forward for one row, 3 % for sixteen
     assert best_size(_Known(0.06), trees[:1], cost)[0] == 2
     assert best_size(_Known(0.06), trees, cost)[0] == 1
     assert best_size(_Known(0.5), trees, cost)[0] == 2
