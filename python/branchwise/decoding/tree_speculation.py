@@ -54,7 +54,7 @@ class TreeSpeculation(Decoder):
         deterministic: logits depend on the text alone, bit for bit. So what is said greedily, or sampled from retrieved
             drafts, does not depend on the drafter, what it remembers, the machine's speed of the moment, or the batch.
             On the CPU, for dense models of ``torch.nn.Linear`` layers without a KV policy. None: in bfloat16 and
-            float16, where near-ties would be a matter of rounding otherwise; a forward over a tree takes 1 to 6 %
+            float16, where near-ties would be a matter of rounding otherwise; a forward over a tree takes up to 6 %
             longer there, one over a single token 3 to 8 % (SmolLM2, 2 cores with AMX, 200 to 4000 tokens of prefix;
             ``bench/deterministic.py``).
 
