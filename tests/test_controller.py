@@ -14,6 +14,7 @@ from branchwise.decoding import Auto, Bandit
 from branchwise.decoding.auto import unique_names
 from branchwise.decoding.bandit import Elastic, Strategy
 from branchwise.decoding.profile import Profile
+from branchwise.decoding.sources import Sources
 from branchwise.decoding.tree_size import CostModel, Record, cost_model
 from branchwise.drafters import BY_NAME, DraftRequest, EarlyExit, Jacobi, Lookahead, Model, Suffix, TokenRecycling, Trie
 from branchwise.drafters.beg_mab import BegMab
@@ -122,6 +123,37 @@ def test_a_drafter_that_begins_to_pay_is_noticed():
     assert first < 500 + 256 and rounds[-1] == 1999 and len([t for t in rounds if t >= first]) > 2000 - first - 2
 
 
+def test_learns_who_is_right_with_whom():
+    rng = np.random.default_rng(0)
+    sources, chance = Sources(3), np.array([0, 0.2, 0.5, 0.9, 0.5, 0.5, 0.5, 0.5])
+    for _ in range(200):
+        sets = rng.integers(1, 4, 8)
+        sources.observe(sets, np.full(8, 0.5), rng.random(8) < chance[sets])
+    assert np.allclose(sources.factors([0, 1])[1:], [0.4, 1.0, 1.8], atol=0.2)
+    factors = sources.factors([0, 1, 2])
+    assert (factors[4:] == 1).all() and np.array_equal(factors[:4], sources.factors([0, 1]))
+    # Of the drafters 2 and 1, in this order, the second set is the one that has seen nodes.
+    assert sources.factors([2, 1]).tolist() == [1, 1, factors[2], 1]
+
+
+def test_who_stands_alone_and_is_wrong_comes_last(monkeypatch):
+    """Of two drafters that promise the same, the second is right: its nodes are the ones that are verified."""
+
+    class Wrong(RandomTrees): ...
+
+    monkeypatch.setattr(Record, "learn", lambda self, rows, *_: self.skip(rows))  # neither is left alone
+
+    def drafted():
+        two = lambda truth: [Wrong(truth, luck=0.0), RandomTrees(truth, luck=0.9)]  # noqa: E731
+        stats, auto = chosen_sizes(two, lambda n: 1 + 0.01 * n, monkeypatch)
+        return [auto.records[name].drafted for name in ("RandomTrees", "Wrong")], stats.tokens_per_forward
+
+    (right, wrong), tokens = drafted()
+    monkeypatch.setattr(Sources, "observe", lambda *_: None)
+    (right_before, wrong_before), tokens_before = drafted()
+    assert right / wrong > 2 * right_before / wrong_before and tokens > tokens_before
+
+
 def test_bandit_finds_the_best_arm_and_follows_a_change():
     arms = [Strategy(0, n) for n in (1, 4, 8, 16)]
     bandit = BegMab([arms], [1], window=100)
@@ -163,6 +195,7 @@ def test_names():
     "make, message",
     [
         (lambda: Auto(EarlyExit(1)), "leave the target alone, got EarlyExit"),
+        (lambda: Auto(*(Trie() for _ in range(13))), "drafters must be at most 12, got 13"),
         (lambda: Bandit(nodes=()), r"nodes must be at least 1, got \[\]"),
         (lambda: Bandit(thresholds=(1, 2)), r"thresholds must be one per group, 4, got \[1, 2\]"),
         (lambda: Bandit(nodes=(1, 4), thresholds=(2, 3)), r"thresholds must ascend from 1, got \[2, 3\]"),
@@ -189,6 +222,8 @@ def test_a_profile_brings_back_what_was_learned(tmp_path):
     again.begin(DraftRequest([np.int32([1, 2])], target=model))
     assert again.records == first.records
     assert np.array_equal(again.calibration.tries, first.calibration.tries) and again.calibration.tries.sum() > 0
+    assert np.array_equal(again.sources.factors([0, 1, 2]), first.sources.factors([0, 1, 2]))
+    assert (first.sources.factors([0, 1, 2]) != 1).any()
     mine, theirs = (auto.drafters[list(auto.records).index("TokenRecycling")].ranks for auto in (again, first))
     assert mine.state() == theirs.state() and sum(mine.state()["tries"]) > 0
     other = Auto(profile=path, task="digits")

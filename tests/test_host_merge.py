@@ -54,6 +54,24 @@ def test_fixed_nodes_stay():
     assert kept == {path(*first[:2], node) for node in range(6)} and (names[0] >= 0).all()
 
 
+def test_factors_by_the_drafts_that_have_a_node():
+    def chain(tokens, scores):
+        n = len(tokens)
+        return np.int32([7, *tokens]), np.arange(-1, n, dtype=np.int32), np.float32([1, *scores]), 1, None
+
+    drafts = [chain([1, 2], [0.5, 0.25]), chain([3], [0.25]), chain([1, 4], [0.5, 0.125])]
+    plain = _host.merge_drafts(drafts, 9)
+    factors = np.ones(8, np.float32)
+    assert all(np.array_equal(a, b) for a, b in zip(plain, _host.merge_drafts(drafts, 9, factors), strict=True))
+    factors[0b101], factors[0b001], factors[0b010], factors[0b100] = 1.5, 4.0, 0.5, 0.0
+    tokens, parents, scores, _, names = _host.merge_drafts(drafts, 9, factors)
+    # Behind token 1, token 2 had half a chance: four times as much is no more than certain.
+    assert tokens.tolist() == [7, 1, 2, 3, 4] and parents.tolist() == [-1, 0, 1, 0, 1]
+    assert np.allclose(scores, [1, 0.75, 0.75, 0.125, 0.0])
+    assert ((names != FOREIGN) == [[1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 1, 0, 0, 1]]).all()
+    assert _host.merge_drafts(drafts, 3, factors)[0].tolist() == [7, 1, 2]
+
+
 def test_bad_drafts():
     one = np.zeros(1, np.int32), np.full(1, -1, np.int32), np.ones(1, np.float32), 1, None
     with pytest.raises(ValueError, match="drafts must hold at least one draft"):
@@ -65,3 +83,7 @@ def test_bad_drafts():
     wrong = np.zeros(2, np.int32), np.array([-1, 5], np.int32), np.ones(2, np.float32), 1, None
     with pytest.raises(ValueError, match=r"parents\[1\] of draft 0 must be an earlier node, got 5"):
         _host.merge_drafts([wrong], 3)
+    with pytest.raises(ValueError, match=r"factors must have 2\^drafts entries, for at most 16 drafts, got 3 for 2"):
+        _host.merge_drafts([one, one], 3, np.ones(3, np.float32))
+    with pytest.raises(ValueError, match="for at most 16 drafts, got 131072 for 17"):
+        _host.merge_drafts([one] * 17, 3, np.ones(1 << 17, np.float32))

@@ -7,11 +7,13 @@
 
 namespace branchwise {
 
-MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget) {
+MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget,
+                         const float* factors) {
   struct Node {
     int32_t token, parent;
     float score;
     bool fixed;
+    uint32_t sources = 0;  // bit d: draft d has it
     int32_t child = -1, sibling = -1;  // lists of children, for finding equal paths
   };
   std::vector<Node> nodes{{drafts.at(0).tokens[0], -1, 1.f, true}};
@@ -36,6 +38,7 @@ MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget) {
         nodes[at].score = std::max(nodes[at].score, draft.scores[i]);
         nodes[at].fixed |= i < draft.fixed;
       }
+      if (factors != nullptr) nodes[at].sources |= 1u << d;
       places[d].push_back(at);
     }
   }
@@ -63,8 +66,10 @@ MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget) {
       left -= share[c];
     }
   }
-  for (size_t i = 1; i < nodes.size(); ++i)
+  for (size_t i = 1; i < nodes.size(); ++i) {
+    if (factors != nullptr) share[i] = std::min(share[i] * factors[nodes[i].sources], 1.f);
     nodes[i].score = nodes[nodes[i].parent].score * share[i];
+  }
   // Parents, which come earlier and are never less likely, stay before their children.
   std::vector<int32_t> order(nodes.size());
   std::iota(order.begin(), order.end(), 0);

@@ -43,7 +43,8 @@ using Scores = py::array_t<float, py::array::c_style | py::array::forcecast>;
 // tokens, parents, scores, fixed, the drafter's names for its nodes if it has any
 using OneDraft = std::tuple<Tokens, Tokens, Scores, int64_t, std::optional<Tokens>>;
 
-py::tuple merge(const std::vector<OneDraft>& drafts, int64_t budget) {
+py::tuple merge(const std::vector<OneDraft>& drafts, int64_t budget,
+                const std::optional<Scores>& factors) {
   std::vector<branchwise::DraftView> views;
   for (const auto& [tokens, parents, scores, fixed, ids] : drafts) {
     check_flat("tokens", tokens);
@@ -55,10 +56,14 @@ py::tuple merge(const std::vector<OneDraft>& drafts, int64_t budget) {
                      tokens.size(), fixed});
   }
   if (views.empty()) throw py::value_error("drafts must hold at least one draft");
+  if (factors && (views.size() > 16 || factors->size() != py::ssize_t{1} << views.size()))
+    throw py::value_error("factors must have 2^drafts entries, for at most 16 drafts, got " +
+                          std::to_string(factors->size()) + " for " +
+                          std::to_string(views.size()));
   branchwise::MergedDraft merged;
   {
     py::gil_scoped_release release;
-    merged = branchwise::merge_drafts(views, budget);
+    merged = branchwise::merge_drafts(views, budget, factors ? factors->data() : nullptr);
   }
   const auto count = static_cast<py::ssize_t>(views.size());
   const auto size = static_cast<py::ssize_t>(merged.draft.tokens.size());
@@ -139,7 +144,8 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side data structures of branchwise (no torch).";
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
-  m.def("merge_drafts", &merge, py::arg("drafts"), py::arg("budget"));
+  m.def("merge_drafts", &merge, py::arg("drafts"), py::arg("budget"),
+        py::arg("factors") = py::none());
   py::class_<PagePool>(m, "PagePool")
       .def(py::init<int32_t>(), py::arg("page_size"))
       .def("root", &PagePool::root)

@@ -65,6 +65,8 @@ class SuffixDrafts:
     def add_outputs(self, tokens: np.ndarray) -> None: ...
 
 def merge_drafts(
-    drafts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray | None]], budget: int
+    drafts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray | None]],
+    budget: int,
+    factors: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray]: ...
 def advise_huge_pages(address: int, bytes: int) -> None: ...

@@ -17,6 +17,7 @@ from ..drafters.hybrid import as_seen_by, foreign, merge
 from ..drafters.ranks import RankChances
 from ..tree import FOREIGN, DrawKind, RowTree
 from .profile import Profile
+from .sources import MOST, Sources
 from .tree_size import Calibration, CostModel, Record, best_size, cost_model, places_of
 
 _LEAST_BUDGET, _LEAST_NODES = 6, 32  # nodes that are proposed where few pay: per row, and in all
@@ -30,11 +31,12 @@ _QUIET, _WORTH, _DOZE = 8, 1.01, 4
 class Auto:
     """Chooses drafters and tree sizes by what they bring per second: on this machine, for this model, batch and text.
 
-    The trees of the drafters are merged by their scores. What a score is worth, the chance of acceptance, is learned
-    from what was observed for such scores; the tree is cut to the size with the most expected tokens per second, given
-    the measured seconds of forwards by size; that size may be a single token. A drafter that costs more than it adds is
-    left alone after a trial, and tried again after 4, 8, ... 256 rounds; where nothing paid in eight rounds, all are
-    asked in every fourth only. Choices depend on past rounds only, so they bias nothing.
+    The trees of the drafters are merged by their scores, weighed by who agrees with whom. What a score is worth, the
+    chance of acceptance, is learned from what was observed for such scores; the tree is cut to the size with the most
+    expected tokens per second, given the measured seconds of forwards by size; that size may be a single token. A
+    drafter that costs more than it adds is left alone after a trial, and tried again after 4, 8, ... 256 rounds; where
+    nothing paid in eight rounds, all are asked in every fourth only. Choices depend on past rounds only, so they bias
+    nothing.
 
     Args:
         drafters: deterministic ones that leave the target alone; by default suffix, trie and token recycling. Add
@@ -44,7 +46,7 @@ class Auto:
         task: a tag of your choice for the kind of texts, such as "code".
 
     Raises:
-        ValueError: an unsuitable drafter, or a file that is not a profile.
+        ValueError: an unsuitable drafter, more than 12 of them, or a file that is not a profile.
     """
 
     draws = DrawKind.DETERMINISTIC
@@ -53,7 +55,9 @@ class Auto:
         merged = Hybrid(*(drafters or (Suffix(), Trie(), TokenRecycling())))
         self.drafters, self.needs = merged.drafters, merged.needs
         self.records = {name: Record() for name in unique_names(self.drafters)}
-        self.calibration = Calibration()
+        if len(self.drafters) > MOST:
+            raise ValueError(f"drafters must be at most {MOST}, got {len(self.drafters)}")
+        self.calibration, self.sources = Calibration(), Sources(len(self.drafters))
         self.task = task
         self._profile = None if profile is None else Profile(profile)
         self.lock = threading.Lock()
@@ -71,6 +75,7 @@ class Auto:
         with self.lock:
             learned = {
                 "calibration": self.calibration.state(),
+                "sources": self.sources.state(),
                 "records": {name: asdict(record) for name, record in self.records.items()},
                 "ranks": {name: ranks.state() for name, ranks in self._ranks().items()},
                 "cost": cost_model(model).state(),
@@ -80,6 +85,8 @@ class Auto:
     def _restore(self, learned: Any, cost: CostModel) -> None:
         with self.lock:
             self.calibration.restore(learned["calibration"])
+            if "sources" in learned and list(learned["records"]) == list(self.records):
+                self.sources.restore(learned["sources"])
             for name, record in learned["records"].items():
                 if name in self.records:  # this one may have other drafters
                     for key, value in record.items():
@@ -106,6 +113,7 @@ class AutoSession:
         self._asked: list[int] = []  # the drafters of this round
         self._proposals: list[list[RowTree]] = []  # of each of them, by row
         self._names: list[np.ndarray] = []  # by row, see merge
+        self._factors = np.ones(1, np.float32)  # of this round, see merge
         self._spent: list[float] = []  # seconds by drafter, this round
         self._budget = 1 << 10  # of the next round
         self._quiet = 0  # rounds without a gain
@@ -127,7 +135,9 @@ class AutoSession:
         if not self._asked:
             self._names = []
             return [RowTree.root(token) for token in self._last]
-        merged, self._names = _merge(self._proposals, budgets)
+        with self._lock:
+            self._factors = self._auto.sources.factors(self._asked)
+        merged, self._names = _merge(self._proposals, budgets, self._factors)
         size, rate = self._size(merged)
         plain = float(self._cost.seconds(np.array([len(budgets)]))[0])
         self._quiet = 0 if rate * plain > _WORTH * len(budgets) else self._quiet + 1
@@ -150,10 +160,16 @@ class AutoSession:
                     with self._lock:
                         record.skip(len(budgets))
                     continue
-                others = self._proposals[:i] + self._proposals[i + 1 :]
-                without = self._size(_merge(others, budgets)[0])[1] if others else len(budgets) / single
+                without = self._rate_without(i, budgets) if len(self._asked) > 1 else len(budgets) / single
             with self._lock:
                 record.learn(len(budgets), rate, without, forward)
+
+    def _rate_without(self, i: int, budgets: Sequence[int]) -> float:
+        others = self._asked[:i] + self._asked[i + 1 :]
+        with self._lock:
+            factors = self._auto.sources.factors(others)
+        merged, _ = _merge(self._proposals[:i] + self._proposals[i + 1 :], budgets, factors)
+        return self._size(merged)[1]
 
     def observe(self, verified: Verified) -> None:
         self._last = [tokens[-1] if tokens else last for tokens, last in zip(verified.emitted, self._last, strict=True)]
@@ -171,11 +187,12 @@ class AutoSession:
             self._calibrate(verified, verified.tree.rows)
 
     def _calibrate(self, verified: Verified, trees: Sequence[RowTree]) -> None:
-        scores, names, hits, roots, size = [], [], [], [], 0
+        scores, parents, names, hits, roots, size = [], [], [], [], [], 0
         for b, tree in enumerate(trees):
             if len(tree) == 1 or not verified.emitted[b] or tree.ids is None:
                 continue
             scores.append(tree.scores)
+            parents.append(size + tree.parents)
             names.append(self._names[b][:, tree.ids])
             hits += [size + node for node in verified.path(b)]
             roots.append(size)
@@ -183,14 +200,21 @@ class AutoSession:
         if not scores:
             return
         accepted, drafted = np.zeros(size, bool), np.ones(size, bool)
-        accepted[hits], drafted[roots] = True, False
-        accepted, own = accepted[drafted], np.concatenate(names, 1)[:, drafted] != FOREIGN
+        accepted[hits], accepted[roots], drafted[roots] = True, True, False
+        score, parent = np.concatenate(scores), np.concatenate(parents)[drafted]
+        tried, above = accepted[parent], score[parent]
+        accepted, score = accepted[drafted], score[drafted]
+        own = np.concatenate(names, 1)[:, drafted] != FOREIGN
         for d, nodes, kept in zip(self._asked, own.sum(1).tolist(), (own & accepted).sum(1).tolist(), strict=True):
             self._records[d].drafted += nodes
             self._records[d].accepted += kept
         places = places_of(np.array([len(each) for each in scores]))
+        sets = (own << np.arange(len(own))[:, None]).sum(0)
+        promised = np.divide(score, above, out=np.zeros_like(score), where=above > 0) / self._factors[sets]
+        sets = (own << np.array(self._asked)[:, None]).sum(0)
         with self._lock:
-            self._auto.calibration.observe(np.concatenate(scores)[drafted], places[drafted], accepted)
+            self._auto.calibration.observe(score, places[drafted], accepted)
+            self._auto.sources.observe(sets[tried], promised[tried], accepted[tried])
 
     def keep(self, rows: Sequence[int]) -> None:
         self._names, self._last = [], [self._last[row] for row in rows]
@@ -202,9 +226,11 @@ class AutoSession:
             session.close()
 
 
-def _merge(proposals: Sequence[Sequence[RowTree]], budgets: Sequence[int]) -> tuple[list[RowTree], list[np.ndarray]]:
+def _merge(
+    proposals: Sequence[Sequence[RowTree]], budgets: Sequence[int], factors: np.ndarray
+) -> tuple[list[RowTree], list[np.ndarray]]:
     """One tree per row, and what its nodes are called; see :func:`branchwise.drafters.hybrid.merge`."""
-    pairs = [merge(trees, budget) for trees, budget in zip(zip(*proposals, strict=True), budgets, strict=True)]
+    pairs = [merge(trees, budget, factors) for trees, budget in zip(zip(*proposals, strict=True), budgets, strict=True)]
     return [tree for tree, _ in pairs], [names for _, names in pairs]
 
 

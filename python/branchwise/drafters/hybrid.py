@@ -98,14 +98,20 @@ def foreign(verified: Verified) -> Verified:
     return replace(verified, tree=tree.named(lambda: [np.full(len(row), FOREIGN, np.int32) for row in tree.rows]))
 
 
-def merge(trees: Sequence[RowTree], budget: int) -> tuple[RowTree, np.ndarray]:
+def merge(trees: Sequence[RowTree], budget: int, factors: np.ndarray | None = None) -> tuple[RowTree, np.ndarray]:
     """One tree: equal paths once, with the highest score that any tree gave, cut where siblings together would be
     likelier than their parent.
+
+    Args:
+        trees: of one row, with the same root.
+        budget: nodes.
+        factors: f32[2**trees], what a node's chance behind its parent is multiplied by, by the set of trees that have
+            it (bit d: ``trees[d]``); None for 1.
 
     Returns:
         A tree of at most ``budget`` nodes, best first after the fixed ones, its ``ids`` counting up; and i32[trees,
         nodes], by those ids, what each tree calls its nodes: :data:`branchwise.tree.FOREIGN` where it has none.
     """
     drafts = [(tree.tokens, tree.parents, tree.scores, tree.fixed, tree.ids) for tree in trees]
-    tokens, parents, scores, fixed, names = _host.merge_drafts(drafts, budget)
+    tokens, parents, scores, fixed, names = _host.merge_drafts(drafts, budget, factors)
     return RowTree(tokens, parents, scores, ids=np.arange(len(tokens), dtype=np.int32), fixed=fixed), names
