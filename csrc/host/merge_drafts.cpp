@@ -13,7 +13,7 @@ MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget,
     int32_t token, parent;
     float score;
     bool fixed;
-    uint32_t sources = 0;  // bit d: draft d has it
+    uint32_t sources = 0;              // bit d: draft d has it
     int32_t child = -1, sibling = -1;  // lists of children, for finding equal paths
   };
   std::vector<Node> nodes{{drafts.at(0).tokens[0], -1, 1.f, true}};

@@ -58,8 +58,7 @@ py::tuple merge(const std::vector<OneDraft>& drafts, int64_t budget,
   if (views.empty()) throw py::value_error("drafts must hold at least one draft");
   if (factors && (views.size() > 16 || factors->size() != py::ssize_t{1} << views.size()))
     throw py::value_error("factors must have 2^drafts entries, for at most 16 drafts, got " +
-                          std::to_string(factors->size()) + " for " +
-                          std::to_string(views.size()));
+                          std::to_string(factors->size()) + " for " + std::to_string(views.size()));
   branchwise::MergedDraft merged;
   {
     py::gil_scoped_release release;

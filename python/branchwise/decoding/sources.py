@@ -41,10 +41,9 @@ class Sources:
             promised: [n] chances behind the parent, before any factor.
             accepted: bool[n].
         """
-        self._accepted *= _FORGET
-        self._promised *= _FORGET
-        np.add.at(self._accepted, sets, accepted.astype(np.float64))
-        np.add.at(self._promised, sets, promised.astype(np.float64))
+        n = len(self._accepted)
+        self._accepted = _FORGET * self._accepted + np.bincount(sets, accepted, n)
+        self._promised = _FORGET * self._promised + np.bincount(sets, promised, n)
 
     def state(self) -> dict[str, list[float]]:
         """For :meth:`restore`."""

@@ -137,12 +137,10 @@ class Calibration:
             return
         bucket, place = _bucket(scores), _class(places)
         expected = self._rate()[bucket]
-        for counts in (self.hits, self.tries, self.hits_at, self.expected_at):
-            counts *= _FORGET
-        np.add.at(self.hits, bucket, accepted.astype(np.float64))
-        np.add.at(self.tries, bucket, 1.0)
-        np.add.at(self.hits_at, place, accepted.astype(np.float64))
-        np.add.at(self.expected_at, place, expected)
+        self.hits = _FORGET * self.hits + np.bincount(bucket, accepted, _SCORE_BUCKETS)
+        self.tries = _FORGET * self.tries + np.bincount(bucket, minlength=_SCORE_BUCKETS)
+        self.hits_at = _FORGET * self.hits_at + np.bincount(place, accepted, len(_PLACES) + 1)
+        self.expected_at = _FORGET * self.expected_at + np.bincount(place, expected, len(_PLACES) + 1)
 
     def _rate(self) -> np.ndarray:
         return (self.hits + self._prior_hits) / (self.tries + _PRIOR_TRIES)
