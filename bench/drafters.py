@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=4, help="prompts per kind")
+    parser.add_argument("--kinds", nargs="*", help="of prompts; all of them by default")
     parser.add_argument("--only", nargs="*", help="names of contestants; plain is always in")
     parser.add_argument("--skip-extra", action="store_true")
     parser.add_argument("--task-tags", action="store_true")
@@ -286,6 +287,8 @@ def main() -> None:
         for size in options.batches:
             rows = []
             for kind, texts in prompts.by_kind().items():
+                if options.kinds and kind not in options.kinds:
+                    continue
                 runs = contestants(model, size, {} if options.task_tags else None)
                 wanted = {name: run for name, run in runs.items() if not options.only or name in options.only}
                 wanted = {"plain": runs["plain"], **wanted}
