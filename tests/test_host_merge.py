@@ -54,20 +54,39 @@ def test_fixed_nodes_stay():
     assert kept == {path(*first[:2], node) for node in range(6)} and (names[0] >= 0).all()
 
 
-def test_factors_by_the_drafts_that_have_a_node():
-    def chain(tokens, scores):
-        n = len(tokens)
-        return np.int32([7, *tokens]), np.arange(-1, n, dtype=np.int32), np.float32([1, *scores]), 1, None
+def chain(tokens, scores):
+    return np.int32([7, *tokens]), np.arange(-1, len(tokens), dtype=np.int32), np.float32([1, *scores]), 1, None
 
+
+def test_chances_are_averaged_where_drafts_say_something():
+    forked = np.int32([7, 1, 2, 3]), np.int32([-1, 0, 1, 1]), np.float32([1, 0.6, 0.36, 0.24]), 1, None
+    tokens, _, scores, _, _ = _host.merge_drafts([forked, chain([1], [0.9]), chain([4], [0.3])], 9)
+    assert tokens.tolist() == [7, 1, 2, 3, 4]
+    # Sure of 0.6, 0.9 and 0.3 in all, which are their weights; halfway from their mean to the surest.
+    of_1, of_4 = ((0.6 * 0.6 + 0.9 * 0.9) / 1.8 + 0.9) / 2, (0.3 * 0.3 / 1.8 + 0.3) / 2
+    assert np.allclose(scores[[1, 4]], [of_1, min(of_4, 1 - of_1)])
+    # Behind token 1, one draft alone says what follows: that others are surer of its parent takes nothing from it.
+    assert np.allclose(scores[2:4] / scores[1], [0.6, 0.4])
+
+
+def test_what_is_no_number_is_no_chance():
+    for bad in (np.nan, -1.0, np.inf):
+        drafts = [chain([1, 2, 3], [0.5, bad, bad]), chain([4, 5], [bad, 0.2]), chain([1], [0.25])]
+        tokens, _, scores, _, _ = _host.merge_drafts(drafts, 9)
+        assert sorted(tokens.tolist()) == [1, 2, 3, 4, 5, 7]
+        assert ((scores >= 0) & (scores <= 1)).all() and (np.diff(scores) <= 0).all()
+
+
+def test_factors_by_the_drafts_that_have_a_node():
     drafts = [chain([1, 2], [0.5, 0.25]), chain([3], [0.25]), chain([1, 4], [0.5, 0.125])]
     plain = _host.merge_drafts(drafts, 9)
     factors = np.ones(8, np.float32)
     assert all(np.array_equal(a, b) for a, b in zip(plain, _host.merge_drafts(drafts, 9, factors), strict=True))
     factors[0b101], factors[0b001], factors[0b010], factors[0b100] = 1.5, 4.0, 0.5, 0.0
     tokens, parents, scores, _, names = _host.merge_drafts(drafts, 9, factors)
-    # Behind token 1, token 2 had half a chance: four times as much is no more than certain.
+    # Behind token 1, token 2 had 5/12 of a chance: four times as much is no more than certain.
     assert tokens.tolist() == [7, 1, 2, 3, 4] and parents.tolist() == [-1, 0, 1, 0, 1]
-    assert np.allclose(scores, [1, 0.75, 0.75, 0.125, 0.0])
+    assert np.allclose(scores, [1, 1.5 * 0.45, 1.5 * 0.45, 0.5 * 0.15, 0.0])
     assert ((names != FOREIGN) == [[1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 1, 0, 0, 1]]).all()
     assert _host.merge_drafts(drafts, 3, factors)[0].tolist() == [7, 1, 2]
 

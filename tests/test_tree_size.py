@@ -127,6 +127,17 @@ def test_late_nodes_of_a_score_are_worth_what_they_were():
     assert np.array_equal(again.chances(scores, places), chances)
 
 
+def test_without_drafts_what_was_learned_fades():
+    learned, none = Calibration(), np.zeros(0)
+    for _ in range(50):
+        learned.observe(np.full(8, 0.5), np.arange(1, 9), np.zeros(8, bool))
+    before = learned.chances(np.array([0.5]), np.array([1]))[0]
+    for _ in range(300):
+        learned.observe(none, none.astype(np.int64), none.astype(bool))
+    after = learned.chances(np.array([0.5]), np.array([1]))[0]
+    assert before < 0.05 and abs(after - 0.5) < 0.1
+
+
 def test_what_is_certain_stays_a_chance():
     learned = Calibration()
     for _ in range(100):  # early nodes do better than their score says, and never more than always

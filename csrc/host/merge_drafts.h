@@ -25,12 +25,12 @@ struct MergedDraft {
   std::vector<int32_t> names;  // [drafts][nodes]: what each drafter calls the node, or kForeign
 };
 
-// The union of the drafts' paths, equal ones once, with the highest score that any draft gave, cut
-// where siblings together would be likelier than their parent. Fixed nodes come first, then the
-// likeliest; at most `budget` nodes, or the fixed ones if they are more. All drafts have the same
-// root. `factors`, [2^drafts] or null: what a node's chance behind its parent is multiplied by, by
-// the set of drafts that have it (bit d: draft d). Throws std::invalid_argument on a parent that is
-// not an earlier node.
+// The union of the drafts' paths, equal ones once. A node's chance behind its parent lies halfway
+// between the weighted mean of what the drafts say and the largest, cut where siblings together
+// would be likelier than their parent. Fixed nodes come first, then the likeliest; at most `budget`
+// nodes, or the fixed ones if they are more. All drafts have the same root. `factors`, [2^drafts]
+// or null: what a node's chance behind its parent is multiplied by, by the set of drafts that have
+// it (bit d: draft d). Throws std::invalid_argument on a parent that is not an earlier node.
 MergedDraft merge_drafts(const std::vector<DraftView>& drafts, int64_t budget,
                          const float* factors = nullptr);
 

@@ -183,7 +183,7 @@ class AutoSession:
                 begun = time.perf_counter()
                 session.observe(as_seen_by(self._asked.index(d), verified, self._names))
                 self._records[d].spend(self._spent[d] + time.perf_counter() - begun)
-        if verified.tree is not None and self._names:
+        if verified.tree is not None:
             self._calibrate(verified, verified.tree.rows)
 
     def _calibrate(self, verified: Verified, trees: Sequence[RowTree]) -> None:
@@ -198,6 +198,8 @@ class AutoSession:
             roots.append(size)
             size += len(tree)
         if not scores:
+            with self._lock:
+                self._auto.calibration.observe(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, bool))
             return
         accepted, drafted = np.zeros(size, bool), np.ones(size, bool)
         accepted[hits], accepted[roots], drafted[roots] = True, True, False

@@ -21,7 +21,7 @@ _ENOUGH = 3  # of them, for a size to count as known
 _LOOK = 16  # forwards
 _FOLLOW, _JUMP = 0.25, 1.25  # share of a forward's change of speed that is believed, and the largest such change
 _STALE = 400  # forwards after which a sample no longer counts
-_PRIOR_TRIES = 4.0
+_PRIOR_TRIES = 8.0
 _PLACES = (3, 6, 10)  # nodes of a tree before these, and those behind, are looked at apart
 _PRIOR_HITS = 8.0
 _FREE = 0.01  # of a forward: a drafter that costs less is always asked, since texts change
@@ -132,9 +132,8 @@ class Calibration:
         return np.minimum(self._rate()[_bucket(scores)] * factor[_class(places)], 1.0)
 
     def observe(self, scores: np.ndarray, places: np.ndarray, accepted: np.ndarray) -> None:
-        """``accepted``: bool per score, of one round."""
-        if len(scores) == 0:
-            return
+        """``accepted``: bool per score, of one round. Of a round without drafts, none: what is long ago counts less and
+        less, or where nothing was worth drafting nothing ever would be."""
         bucket, place = _bucket(scores), _class(places)
         expected = self._rate()[bucket]
         self.hits = _FORGET * self.hits + np.bincount(bucket, accepted, _SCORE_BUCKETS)

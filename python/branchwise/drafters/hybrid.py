@@ -99,8 +99,9 @@ def foreign(verified: Verified) -> Verified:
 
 
 def merge(trees: Sequence[RowTree], budget: int, factors: np.ndarray | None = None) -> tuple[RowTree, np.ndarray]:
-    """One tree: equal paths once, with the highest score that any tree gave, cut where siblings together would be
-    likelier than their parent.
+    """One tree: equal paths once. A node's chance behind its parent lies halfway between the mean of what the trees say
+    that have children of the parent, weighted by all that they expect of these, and the largest; cut where siblings
+    together would be likelier than their parent.
 
     Args:
         trees: of one row, with the same root.
