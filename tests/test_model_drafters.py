@@ -275,7 +275,10 @@ def test_merge():
     b = RowTree(np.int32([1, 7, 5, 6, 8]), np.int32([-1, 0, 0, 2, 3]), np.float32([1, 0.6, 0.4, 0.3, 0.3]))
     tree, names = merge([a, b], 5)
     assert [tuple(tree.path(n)) for n in range(5)] == [(), (7,), (5,), (5, 6), (5, 6, 8)]
-    assert tree.scores.tolist() == pytest.approx([1, 0.6, 0.4, 0.24, 0.24])
+    # Of the root's children a expects half, b all; of 5's, a has 6 come next with 0.4, b with 0.75.
+    seven, five = ((0.6 / 1.5) + 0.6) / 2, ((0.5 * 0.5 + 0.4) / 1.5 + 0.5) / 2
+    six = five * ((0.4 * 0.4 + 0.75 * 0.75) / 1.15 + 0.75) / 2
+    assert tree.scores.tolist() == pytest.approx([1, seven, five, six, six])
     assert names[0, tree.ids].tolist() == [-1, FOREIGN, 0, 1, FOREIGN]
     assert names[1, tree.ids].tolist() == [0, 1, 2, 3, 4]
     assert len(merge([a, b], 2)[0]) == 2
