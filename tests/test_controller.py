@@ -16,7 +16,18 @@ from branchwise.decoding.bandit import Elastic, Strategy
 from branchwise.decoding.profile import Profile
 from branchwise.decoding.sources import Sources
 from branchwise.decoding.tree_size import CostModel, Record, cost_model
-from branchwise.drafters import BY_NAME, DraftRequest, EarlyExit, Jacobi, Lookahead, Model, Suffix, TokenRecycling, Trie
+from branchwise.drafters import (
+    BY_NAME,
+    DraftRequest,
+    EarlyExit,
+    Jacobi,
+    Lookahead,
+    Model,
+    Suffix,
+    TokenRecycling,
+    Trie,
+    Verified,
+)
 from branchwise.drafters.beg_mab import BegMab
 from random_drafter import RandomTrees
 from test_sampling import run
@@ -145,13 +156,22 @@ def test_who_stands_alone_and_is_wrong_comes_last(monkeypatch):
 
     def drafted():
         two = lambda truth: [Wrong(truth, luck=0.0), RandomTrees(truth, luck=0.9)]  # noqa: E731
-        stats, auto = chosen_sizes(two, lambda n: 1 + 0.01 * n, monkeypatch)
+        stats, auto = chosen_sizes(two, lambda n: 1 + 0.1 * n, monkeypatch)  # so dear that few are verified
         return [auto.records[name].drafted for name in ("RandomTrees", "Wrong")], stats.tokens_per_forward
 
     (right, wrong), tokens = drafted()
     monkeypatch.setattr(Sources, "observe", lambda *_: None)
     (right_before, wrong_before), tokens_before = drafted()
-    assert right / wrong > 2 * right_before / wrong_before and tokens > 0.95 * tokens_before
+    assert right / wrong > 2 * right_before / wrong_before and tokens > tokens_before
+
+
+def test_a_round_without_drafts_makes_what_was_learned_fade():
+    auto = Auto(Suffix())
+    session = auto.begin(DraftRequest([np.int32([1, 2, 3])]))
+    auto.calibration.hits[:], auto.calibration.tries[:] = 5.0, 100.0
+    tree = bw.TokenTree(session.propose([1]), torch.zeros(1, dtype=torch.int32))
+    session.observe(Verified([[4]], tree, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)))
+    assert (auto.calibration.tries < 100).all() and (auto.calibration.hits < 5).all()
 
 
 def test_bandit_finds_the_best_arm_and_follows_a_change():

@@ -15,8 +15,8 @@ class Sources:
     """A factor for a node's chance behind its accepted parent, by the set of drafters that have the node: accepted
     nodes over those that their scores promised, learned from 1.
 
-    Where drafters agree, they are right more often than the highest of their scores says, and where one stands alone
-    among others, less often. A node is judged only where its parent was accepted: whether its path came true up to
+    Where drafters agree, they are right more often than their merged scores say, and where one stands alone among
+    others, less often. A node is judged only where its parent was accepted: whether its path came true up to
     there is other nodes' merit.
 
     Args:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..tree import RowTree
 
 _SCORE_BUCKETS = 16
-_FORGET = 0.98  # per round: acceptance drifts with the text
+_FORGET = 0.98  # per call of observe: acceptance drifts with the text
 _SAMPLES = 9  # kept per size class, for a median that survives stalls of the machine
 _ENOUGH = 3  # of them, for a size to count as known
 _LOOK = 16  # forwards
@@ -132,8 +132,8 @@ class Calibration:
         return np.minimum(self._rate()[_bucket(scores)] * factor[_class(places)], 1.0)
 
     def observe(self, scores: np.ndarray, places: np.ndarray, accepted: np.ndarray) -> None:
-        """``accepted``: bool per score, of one round. Of a round without drafts, none: what is long ago counts less and
-        less, or where nothing was worth drafting nothing ever would be."""
+        """``accepted``: bool per score, of a round or of one of its rows. Where nothing was drafted, none: what is long
+        ago counts less and less, or where nothing was worth drafting nothing ever would be."""
         bucket, place = _bucket(scores), _class(places)
         expected = self._rate()[bucket]
         self.hits = _FORGET * self.hits + np.bincount(bucket, accepted, _SCORE_BUCKETS)
@@ -261,7 +261,7 @@ class TreeSizer:
             self.record.spend(seconds)
 
     def observe(self, tree: RowTree, accepted: Sequence[int]) -> None:
-        """``accepted``: node ids of the accepted path, root included."""
+        """One row of a round. ``accepted``: node ids of the accepted path, root included."""
         hit = np.zeros(len(tree), bool)
         hit[list(accepted)] = True
         self.calibration.observe(tree.scores[1:], np.arange(1, len(tree)), hit[1:])
