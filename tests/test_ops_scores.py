@@ -179,14 +179,18 @@ BUDGETS = [(1, 1, 0), (40, 7, 0), (40, 7, 2), (3000, 128, 4), (64, 100, 1), (500
 
 
 @pytest.mark.parametrize("N, budget, sinks", BUDGETS)
-@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
-def test_select_pages(kind, N, budget, sinks):
+@pytest.mark.parametrize("kind", ["normal", "ties", "special", "nan", "tiny"])
+def test_select_pages(kind, N, budget, sinks, isa):
     g = torch.Generator().manual_seed(N)
     scores = torch.randn(2, 3, 2, N, generator=g)
     if kind == "ties":
         scores = scores.round()
     if kind == "special":
         scores[..., ::3], scores[..., 1::5], scores[..., 2::7] = -math.inf, math.nan, math.inf
+    if kind == "nan":
+        scores[scores > -2] = math.nan
+    if kind == "tiny":  # denormal, and zeros of both signs
+        scores *= 1e-44
     pages = torch.randint(N // 2, N + 1, (2, 3), generator=g, dtype=torch.int32)
     scored = (pages - torch.tensor([0, 1, 9])).clamp(min=0).int().contiguous()
     if kind == "normal":  # every list its own

@@ -5,66 +5,75 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 #include "common/score_call.h"
 #include "cpu/empty.h"
+#include "cpu/isa.h"
+#include "cpu/kernels/vocab_kernel.h"
 
 namespace branchwise {
 namespace {
 
-// Larger floats have larger keys; NaN counts as the smallest.
-uint32_t key_of(float x) {
-  if (std::isnan(x)) return 0;
-  x += 0.f;  // -0 equals 0
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+// The floats in order, numbered: 0 is 0, and the largest number infinity.
+constexpr int32_t kInfinity = 0x7f800000;
+float numbered(int32_t n) {
+  const int32_t bits = std::abs(n);
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return n < 0 ? -x : x;
 }
 
-struct Workspace {
-  std::vector<uint32_t> keys, left;
-  int32_t bins[2048];
-};
+// Ascending indices from `begin` on, at most `count`: those of scores that are `sure`, and of the
+// others those that are `maybe` while `rest` lasts. Without a branch on a score, since which ones
+// are taken is not to be foreseen.
+template <typename F, typename G>
+int32_t* take(const float* scores, int64_t begin, int64_t end, int64_t count, int32_t* out,
+              const F& sure, const G& maybe, int64_t rest) {
+  const int32_t* last = out + count;
+  for (int64_t i = begin; i < end && out != last; ++i) {
+    const bool tie = maybe(scores[i]) & (rest > 0);
+    rest -= tie;
+    *out = static_cast<int32_t>(i);
+    out += sure(scores[i]) | tie;
+  }
+  return out;
+}
 
-// The `count` best of scores[begin, end), ties to the lower index, as ascending indices. A radix
-// search for the least key that is taken, then one pass that takes.
-int32_t* take_best(const float* scores, int64_t begin, int64_t end, int64_t count, Workspace& w,
-                   int32_t* out) {
-  const int64_t n = end - begin;
-  if (count >= n) {
+// The `count` best of scores[begin, end), ties to the lower index and NaN last, as ascending
+// indices: bisects for a value that as many scores reach, each step a pass that counts.
+int32_t* take_best(const float* scores, int64_t begin, int64_t end, int64_t count, int32_t* out) {
+  if (count >= end - begin) {
     for (int64_t i = begin; i < end; ++i) *out++ = static_cast<int32_t>(i);
     return out;
   }
   if (count <= 0) return out;
-  w.keys.resize(n);
-  for (int64_t i = 0; i < n; ++i) w.keys[i] = key_of(scores[begin + i]);
-  const std::vector<uint32_t>* from = &w.keys;
-  uint32_t least = 0;
-  int64_t wanted = count;  // among the keys that share the bits found so far
-  for (const auto& [shift, bits] : {std::pair{21, 11}, {10, 11}, {0, 10}}) {
-    std::fill(w.bins, w.bins + (1 << bits), 0);
-    const uint32_t mask = (1u << bits) - 1;
-    for (const uint32_t key : *from) ++w.bins[key >> shift & mask];
-    int64_t bin = (1 << bits) - 1;
-    for (; w.bins[bin] < wanted; --bin) wanted -= w.bins[bin];
-    least |= static_cast<uint32_t>(bin) << shift;
-    if (shift == 0) break;
-    std::vector<uint32_t> same;
-    same.reserve(w.bins[bin]);
-    for (const uint32_t key : *from)
-      if (key >> shift == least >> shift) same.push_back(key);
-    w.left = std::move(same);
-    from = &w.left;
+  const VocabKernels& kernels = BW_KERNELS(vocab_kernels);
+  const LogitsRow row{scores, DType::f32, end, 1.f};
+  const auto reach = [&](int32_t n) {
+    return kernels.count_above(row, begin, end, numbered(n), true);
+  };
+  int64_t low = -kInfinity, high = int64_t{kInfinity} + 1;  // `count` or more reach low, not high
+  int64_t reached = reach(-kInfinity);
+  if (reached < count)
+    return take(
+        scores, begin, end, count, out, [](float x) { return !std::isnan(x); },
+        [](float x) { return std::isnan(x); }, count - reached);
+  while (reached != count && high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    const int64_t found = reach(static_cast<int32_t>(middle));
+    if (found < count) {
+      high = middle;
+    } else {
+      low = middle;
+      reached = found;
+    }
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const bool tie = w.keys[i] == least && wanted > 0;
-    if (w.keys[i] <= least && !tie) continue;
-    wanted -= tie;
-    *out++ = static_cast<int32_t>(begin + i);
-  }
-  return out;
+  const float least = numbered(static_cast<int32_t>(low));
+  const int64_t above = kernels.count_above(row, begin, end, least, false);
+  return take(
+      scores, begin, end, count, out, [=](float x) { return x > least; },
+      [=](float x) { return x == least; }, count - above);
 }
 
 const int32_t* check_limits(const char* op, const char* name, const Tensor& t, int64_t B, int64_t L,
@@ -106,12 +115,11 @@ std::tuple<Tensor, Tensor> select_pages(Tensor scores, Tensor num_pages, Tensor 
   const float* data = static_cast<const float*>(scores.const_data_ptr());
   const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, N));
   torch::stable::parallel_for(0, B * L * H, grain, [&](int64_t begin, int64_t end) {
-    Workspace w;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / H, sinks = std::min<int64_t>(num_sinks, scored[row]);
       int32_t *list = lists + i * width, *at = list;
       for (int64_t n = 0; n < sinks; ++n) *at++ = static_cast<int32_t>(n);
-      at = take_best(data + i * N, sinks, scored[row], budget[i] - sinks, w, at);
+      at = take_best(data + i * N, sinks, scored[row], budget[i] - sinks, at);
       for (int64_t n = scored[row]; n < all[row]; ++n) *at++ = static_cast<int32_t>(n);
       sizes[i] = static_cast<int32_t>(at - list);
       std::fill(at, list + width, -1);
@@ -148,14 +156,14 @@ std::tuple<Tensor, Tensor> select_slots(Tensor scores, Tensor segment_offsets, T
       const int64_t b = i / (L * H), h = i % H;
       const int32_t* at = offsets + (b * H + h) * (S + 1);
       const float* of = data + i * S;
-      order.resize(segments[i / H]);
-      std::iota(order.begin(), order.end(), 0);
+      order.clear();
+      for (int32_t n = 0; n < segments[i / H]; ++n)
+        if (of[n] > -INFINITY) order.push_back(n);  // NaN is not, either
       std::stable_sort(order.begin(), order.end(),
-                       [&](int32_t x, int32_t y) { return key_of(of[x]) > key_of(of[y]); });
+                       [&](int32_t x, int32_t y) { return of[x] > of[y]; });
       int32_t *list = lists + i * width, *to = list;
       int64_t left = budget;
       for (const int32_t n : order) {
-        if (!(of[n] > -INFINITY)) break;
         for (int32_t slot = at[n]; slot < at[n + 1] && left > 0; ++slot, --left) *to++ = slot;
         if (left == 0) break;
       }
