@@ -107,7 +107,8 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
 
 template <typename T>
 inline void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 3);
+  // The tiles of tile registers are larger than the first cache level.
+  __builtin_prefetch(p, 0, kTileRegisters ? 2 : 3);
   // gcc takes a function that only prefetches for one without effect, and drops calls to it.
   asm volatile("" : : "r"(p));
 }
