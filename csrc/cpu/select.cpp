@@ -15,7 +15,7 @@
 namespace branchwise {
 namespace {
 
-// The floats in order, numbered: 0 is 0, and the largest number infinity.
+// The floats in order, numbered from -kInfinity, which is -infinity, over 0 to kInfinity.
 constexpr int32_t kInfinity = 0x7f800000;
 float numbered(int32_t n) {
   const int32_t bits = std::abs(n);

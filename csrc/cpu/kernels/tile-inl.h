@@ -107,7 +107,7 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
 
 template <typename T>
 inline void prefetch(const T* p) {
-  // The tiles of tile registers are larger than the first cache level.
+  // Where tile registers are used, a tile of slots is larger than the first cache level.
   __builtin_prefetch(p, 0, kTileRegisters ? 2 : 3);
   // gcc takes a function that only prefetches for one without effect, and drops calls to it.
   asm volatile("" : : "r"(p));
@@ -116,8 +116,8 @@ inline void prefetch(const T* p) {
 // Asks for the first line of each run of a tile to come, behind the one at `begin`. Presumably its
 // pages are in the TLB then when its lines are asked for; else scattered ones wait for memory
 // twice, one after the other. Four tiles ahead is best; for listed units shorter than a tile, of
-// which there are many, one; and for slots in a row two: further ahead it disturbs the hardware's
-// own prefetching (measured).
+// which there are many, one; and for slots in a row two: further ahead costs a machine with AMX a
+// fifth of its bandwidth (measured; presumably its own prefetchers are led astray).
 template <typename T>
 inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
                         int64_t size) {
