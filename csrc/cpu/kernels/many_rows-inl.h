@@ -61,11 +61,12 @@ void mask_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, in
 }
 
 // Probabilities of one tile for one group of NV vectors of rows, before they are divided by their
-// sum; `alpha` takes what is there already down to the new maximum.
-template <typename M, int NV>
+// sum; `alpha` takes what is there already down to the new maximum. Calls beside() once per vector
+// of elements.
+template <typename M, int NV, typename F>
 inline void weigh_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, int64_t count,
                        const RowBounds& rows, int64_t row_count, int64_t hidden, float* scores,
-                       f32v (&alpha)[NV], float* row_max, float* row_sum) {
+                       f32v (&alpha)[NV], float* row_max, float* row_sum, const F& beside) {
   constexpr int64_t ld = NV * kLanes;
   constexpr int kPack = M::kPack;
   // The scale waits for the subtraction of the maximum, where it is part of a multiply-add; that
@@ -104,6 +105,7 @@ inline void weigh_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t b
         both += p[i];
       }
       sum += both;
+      beside();
       const typename M::Vec x = M::combine(p);
       __builtin_memcpy(column + s / kPack * ld, &x, sizeof x);  // never ahead of what is still read
     }
@@ -119,7 +121,7 @@ void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>&
   f32v alpha[NV];
   score_lines<M, NV>(query, tile.keys, tile.count, a.D / M::kPack, scores, ahead);
   weigh_tile<M, NV>(a, u, tile.begin, tile.count, rows, row_count, hidden, scores, alpha, row_max,
-                    row_sum);
+                    row_sum, [] {});
   const int64_t steps = (tile.count + M::kPack - 1) / M::kPack;
   int64_t d = 0;
   const auto add_columns = [&](auto columns) {
@@ -249,7 +251,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
       f32v alpha[1];
       score_lines<M, 1>(query, lines.keys, lines.count, a.D / M::kPack, scores, ahead);
       weigh_tile<M, 1>(a, u, lines.begin, lines.count, all, kLanes, cut.hidden, scores, alpha,
-                       row_max, row_sum);
+                       row_max, row_sum, [] {});
       float alphas[kLanes];
       store(alphas, alpha[0]);
       add_row_lanes<M>(*tile, ahead, rows, a.D, scores, alphas, out, ld_out);

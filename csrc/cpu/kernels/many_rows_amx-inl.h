@@ -137,13 +137,11 @@ void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf1
                   float* row_sum) {
   f32v alpha[NV];
   const int64_t pairs = (tile.count + 1) / 2;
-  const auto ask = [&] {
-    ahead.step();
-    ahead.step();
-  };
+  // No oftener: lines asked for wait in one queue with the tiles that products load.
+  const auto ask = [&] { ahead.step(); };
   score_tiles<NV>(query, operands, tile.count, a.D, scores, ask);
   weigh_tile<Bf16Product, NV>(a, u, tile.begin, tile.count, rows, NV * kLanes, hidden, scores,
-                              alpha, row_max, row_sum);
+                              alpha, row_max, row_sum, ask);
   float* probs = scores + kPairs * NV * kLanes;  // behind the pairs
   transpose_probs<NV>(scores, pairs, probs);
   for (int64_t v = 0; v < NV; ++v) {
