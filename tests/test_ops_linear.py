@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from branchwise import ops
+from branchwise import layers, ops
 from branchwise.ops.linear import linear_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -122,3 +122,25 @@ def test_empty():
 def test_refusals(x, weight, bias, message):
     with pytest.raises(RuntimeError, match=f"invariant_linear.*{message}"):
         ops.invariant_linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4, 24, 25])
+def test_modules_run_as_our_op_where_it_is_faster(rows, dtype, monkeypatch):
+    def counted(*args):
+        calls.append(args)
+        return op(*args)
+
+    calls, op = [], ops.invariant_linear
+    monkeypatch.setattr(layers.ops, "invariant_linear", counted)
+    x, weight, bias = layer(32, 8, rows, dtype)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 8, dtype=dtype))
+    model[0].weight.data, model[0].bias.data = weight, bias
+    with torch.no_grad():
+        for where_faster, ours in [(True, dtype != torch.float32 or 4 <= rows <= 24), (False, True)]:
+            with layers.InvariantLinears(model, where_faster):
+                check(model(x.view(1, rows, 32)), x.view(1, rows, 32), weight, bias)
+            assert len(calls) == ours
+            calls.clear()
+        model(x)
+    assert not calls

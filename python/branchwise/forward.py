@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,9 +48,7 @@ class StoredModel:
         self.forwards = 0
         self.hidden_states: Tensor | None = None
         self.keep_hidden = keep_hidden
-        # In 16 bits it is the faster form for few rows, too.
-        invariant = deterministic or model.dtype != torch.float32
-        self._linears = InvariantLinears(model) if invariant else nullcontext()
+        self._linears = InvariantLinears(model, where_faster=not deterministic)
 
     def extend(self, rows: Sequence[Tensor], after_chunk: Callable[[Tensor], None] | None = None) -> Tensor:
         """Appends text, ragged, and commits it.

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from . import ops
 
+_FASTER_ROWS = range(4, 25)  # of x in fp32, where invariant_linear is faster than torch (measured, docs/kernels.md)
+
 # (hidden_states [B, T, H], keyword arguments of the layer) -> hidden states instead of the layer's
 Replacement = Callable[[Tensor, dict[str, Any]], Tensor]
 
@@ -88,11 +90,16 @@ class InvariantLinears:
     :func:`branchwise.ops.invariant_linear`. Not thread-safe, as it changes the model; not to be entered twice.
 
     Subclasses (quantized layers, for example), and modules in whose place somebody has put something, stay as they are.
+
+    Args:
+        model: whose modules.
+        where_faster: leave fp32 to torch but for 4 to 24 rows.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, where_faster: bool = False) -> None:
         linears = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in m.__dict__]
-        self._forwards = [(m.__dict__, MethodType(_invariant, m)) for m in linears if m.weight.device.type == "cpu"]
+        form = _faster if where_faster else _invariant
+        self._forwards = [(m.__dict__, MethodType(form, m)) for m in linears if m.weight.device.type == "cpu"]
 
     def __enter__(self) -> None:
         for attributes, forward in self._forwards:  # a module's own setattr takes ten times as long
@@ -101,6 +108,12 @@ class InvariantLinears:
     def __exit__(self, *args: object) -> None:
         for attributes, _ in self._forwards:
             attributes.pop("forward", None)
+
+
+def _faster(linear: torch.nn.Linear, x: Tensor) -> Tensor:
+    if x.dtype is torch.float32 and x.numel() // x.shape[-1] not in _FASTER_ROWS:
+        return torch.nn.functional.linear(x, linear.weight, linear.bias)
+    return _invariant(linear, x)
 
 
 def _invariant(linear: torch.nn.Linear, x: Tensor) -> Tensor:
