@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from branchwise import ops
+from branchwise import forward, ops
 from branchwise.ops._load import LIBRARY_DIR
 
 EMULATED = LIBRARY_DIR / "libbranchwise_emulated.so"
@@ -23,9 +24,16 @@ class Device:
         self.emulated = name == "emulated"
         self.ops = torch.ops.branchwise_emulated if self.emulated else torch.ops.branchwise
 
+    @contextmanager
     def active(self):
         """While it lasts, the ops of branchwise are those of this device, for whoever calls them."""
-        return mock.patch.object(torch.ops, "branchwise", self.ops)
+        # On a device a model's linear layers stay torch's; the emulator's weights are on the CPU.
+        linears = (lambda *args, **options: nullcontext()) if self.emulated else forward.InvariantLinears
+        with (
+            mock.patch.object(torch.ops, "branchwise", self.ops),
+            mock.patch.object(forward, "InvariantLinears", linears),
+        ):
+            yield
 
     def __getattr__(self, op: str) -> Callable:
         def call(*args, **options):

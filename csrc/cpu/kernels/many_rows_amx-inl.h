@@ -137,7 +137,7 @@ void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf1
                   float* row_sum) {
   f32v alpha[NV];
   const int64_t pairs = (tile.count + 1) / 2;
-  // No oftener: lines asked for wait in one queue with the tiles that products load.
+  // No oftener: products take longer with more asks (measured), presumably as tiles wait with them.
   const auto ask = [&] { ahead.step(); };
   score_tiles<NV>(query, operands, tile.count, a.D, scores, ask);
   weigh_tile<Bf16Product, NV>(a, u, tile.begin, tile.count, rows, NV * kLanes, hidden, scores,
