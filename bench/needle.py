@@ -82,6 +82,7 @@ def policies(model: Any, learned: dict[str, Any], budget: int) -> dict[str, Any]
         "SentenceKV": kv.SentenceKV(learned["marks"], budget, sinks=4, recent=window, window=window),
         "SpeContext": kv.SpeContext(budget=budget, min_length=0),
         "Quest": kv.Quest(budget, min_length=0),
+        "Quest e4m3": kv.Quest(budget, min_length=0, summary_dtype=torch.float8_e4m3fn),
         "DELTA": kv.DELTA(budget, learned["planners"], recent=32, min_length=0),
     }
 

@@ -105,24 +105,29 @@ def step(S: int, layers: int, repeats: int) -> list[dict[str, Any]]:
 
     rows = []
     for budget, page_size in ((1024, 16), (2048, 16), (2048, 32), (4096, 16)):
-        quest = kv.Quest(budget, page_size, dense_layers=0, recent=32, min_length=0).begin(Model, store)
+        options = dict(page_size=page_size, dense_layers=0, recent=32, min_length=0)
+        quest = kv.Quest(budget, **options).begin(Model, store)
+        eight = kv.Quest(budget, **options, summary_dtype=torch.float8_e4m3fn).begin(Model, store)
         delta = kv.DELTA(budget, [0], warm_up=0, page_size=page_size, recent=128, min_length=0).begin(Model, store)
-        per_layer(quest.attend)  # builds the summaries
-        times: dict[str, list[float]] = {"dense": [], "quest": [], "delta": [], "planner": []}
+        for session in (quest, eight):
+            per_layer(session.attend)  # builds the summaries
+        times: dict[str, list[float]] = {"dense": [], "quest": [], "quest_e4m3": [], "delta": [], "planner": []}
         for _ in range(repeats):
             times["dense"] += per_layer(lambda c: c.dense())
             times["quest"] += per_layer(quest.attend)
+            times["quest_e4m3"] += per_layer(eight.attend)
             times["planner"].append(facts.seconds(lambda d=delta: d.attend(call(0))))
             times["delta"] += per_layer(delta.attend)[1:]
         ms = {name: median(column) * 1e3 for name, column in times.items()}
         row = {"bench": "step", "prefix": S, "budget": budget, "page_size": page_size}
         row |= {f"{name}_ms": round(value, 3) for name, value in ms.items()}
-        row |= {f"{name}_x": round(ms["dense"] / ms[name], 2) for name in ("quest", "delta", "planner")}
+        row |= {f"{name}_x": round(ms["dense"] / ms[name], 2) for name in list(times)[1:]}
         rows.append(row)
         print(
             f"{S} tokens, budget {budget}, page {page_size}: dense {ms['dense']:.2f} ms; Quest {ms['quest']:.3f} "
-            f"({row['quest_x']}x), DELTA's sparse layers {ms['delta']:.3f} ({row['delta_x']}x), planner "
-            f"{ms['planner']:.2f} ({row['planner_x']}x)",
+            f"({row['quest_x']}x), with summaries in e4m3 {ms['quest_e4m3']:.3f} ({row['quest_e4m3_x']}x), "
+            f"DELTA's sparse layers {ms['delta']:.3f} ({row['delta_x']}x), planner {ms['planner']:.2f} "
+            f"({row['planner_x']}x)",
             flush=True,
         )
     return rows

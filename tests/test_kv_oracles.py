@@ -380,7 +380,8 @@ def test_planners_are_placed_where_attention_changes(model):
         kv.place_planners(model, prompt(1)[0])
 
 
-def test_quest_summaries_cover_what_is_committed(model):
+@pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn])
+def test_quest_summaries_cover_what_is_committed(dtype, model):
     """After a speculated text, a layer's summaries equal those of its keys."""
     sessions = []
 
@@ -390,16 +391,20 @@ def test_quest_summaries_cover_what_is_committed(model):
             return sessions[0]
 
     ids = prompt(100)
-    policy = Watching(64, 8, dense_layers=0, recent=16, min_length=0)
+    policy = Watching(64, 8, dense_layers=0, recent=16, min_length=0, summary_dtype=dtype)
     with bw.sparse_kv(model, policy):
         decoder = bw.TreeSpeculation("suffix", adaptive=False)
         model.generate(ids, max_new_tokens=60, do_sample=False, eos_token_id=None, custom_generate=decoder)
     session = sessions[0]
     for layer in range(3):
-        n = int(session._summarised[layer][0])
-        keys = session.store.layers[layer].keys[0, :, : n // 8 * 8].unflatten(1, (-1, 8))
-        expected = torch.cat([keys.amax(2), keys.amin(2)], -1)
-        assert torch.equal(session._summaries[layer][0, :, : n // 8], expected) and session.num_bytes > 0
+        pages = int(session._summarised[layer][0])
+        assert (100 + 40) // 8 <= pages <= int(session.store.seq_lens[0]) // 8
+        keys = session.store.layers[layer].keys[0, :, : pages * 8].unflatten(1, (-1, 8))
+        expected = torch.cat([keys.amax(2), keys.amin(2)], -1).to(dtype)
+        assert torch.equal(session._summaries[layer][0, :, :pages].float(), expected.float())
+        assert session.num_bytes == 3 * 2 * keys.shape[-1] * keys.shape[0] * session._summaries[layer].shape[2] * (
+            keys.element_size() if dtype is None else 1
+        )
 
 
 def test_break_even_is_measured_once():

@@ -66,6 +66,10 @@ POLICIES = {
         kv.Quest(64, page_size=8, recent=16, min_length=0, dense_layers=0),
         kv.Quest(256, page_size=8, recent=16, min_length=0),
     ),
+    "quest_e4m3": lambda m: (
+        kv.Quest(64, page_size=8, recent=16, min_length=0, dense_layers=0, summary_dtype=torch.float8_e4m3fn),
+        kv.Quest(256, page_size=8, recent=16, min_length=0, summary_dtype=torch.float8_e4m3fn),
+    ),
     "delta": lambda m: (
         kv.DELTA(64, [1], warm_up=1, page_size=8, recent=16, min_length=0),
         kv.DELTA(256, [1], warm_up=1, page_size=8, recent=16, min_length=0),
@@ -301,6 +305,10 @@ BAD = [
     (lambda m: kv.HeadwiseKV(torch.rand(3, 2), 1.1), r"sparsity must be in \[0, 1\]"),
     (lambda m: kv.HeadwiseKV(torch.rand(2, 2)), r"gates must have shape \(3, 2\) for this model, got \(2, 2\)"),
     (lambda m: kv.Quest(32), "budget must be at least 64, got 32"),
+    (
+        lambda m: kv.Quest(summary_dtype=torch.float16),
+        "summary_dtype must be None or torch.float8_e4m3fn, got torch.float16",
+    ),
     (lambda m: kv.DELTA(512, [1]), "planners must hold at least one layer from 2 on"),
     (lambda m: kv.DELTA(512, [9]), "planners must lie below the model's 3 layers"),
     (lambda m: kv.GemFilter(40, 3), "layer must be below the model's 3 layers, got 3"),

@@ -14,6 +14,7 @@ from branchwise.ops.select import select_pages_reference, select_slots_reference
 from test_ops_attention import DTYPES, SHORT
 
 LAYOUTS = ["contiguous", "paged", "head_pages"]
+E4M3 = torch.float8_e4m3fn
 
 
 def cache_of(B, Hkv, D, S, dtype, layout="contiguous", page_size=8, seed=0):
@@ -40,20 +41,35 @@ def lens_of(layout, *lens):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["min_max", "mean"])
+@pytest.mark.parametrize("eight", [False, True], ids=["", "e4m3"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-def test_page_summaries(dtype, kind, layout, isa):
+def test_page_summaries(dtype, eight, kind, layout, isa):
     key, _, table = cache_of(2, 3, 40, 100, dtype, layout)
     width = 80 if kind == "min_max" else 40
-    summaries = torch.full((2, 3, 15, width), 7.0, dtype=dtype)
+    kept_in = E4M3 if eight else dtype
+    summaries = torch.full((2, 3, 15, width), 7.0, dtype=kept_in)
     expected = summaries.clone()
     middle = lens_of(layout, 90, 33)
     for begin, end in ((lens_of(layout, 0, 0), middle), (middle, lens_of(layout, 99, 34))):
         for op, to in ((ops.page_summaries, summaries), (page_summaries_reference, expected)):
             op(key, begin, end, to, 7, page_table=table)
     if kind == "min_max":
-        assert torch.equal(summaries, expected)
+        assert torch.equal(summaries.float(), expected.float())
     else:
-        torch.testing.assert_close(summaries, expected, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
+        eps = torch.finfo(kept_in).eps
+        torch.testing.assert_close(summaries.float(), expected.float(), atol=1e-6, rtol=2 * eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_summaries_in_e4m3_are_rounded_as_torch_rounds(dtype, isa):
+    every = torch.arange(2**16 if dtype != torch.float32 else 2**15).to(torch.int32)
+    values = every.to(torch.int16).view(dtype) if dtype != torch.float32 else (every * 2**17 + 2**19 - 1).view(dtype)
+    values = values[values.isfinite()]
+    key = torch.nn.functional.pad(values, (0, -len(values) % 48)).view(1, 1, -1, 48)
+    summaries = torch.zeros(1, 1, key.shape[2], 96, dtype=E4M3)
+    ops.page_summaries(key, int32(0), int32(key.shape[2]), summaries, 1)
+    expected = key.float().clamp(-448, 448).to(E4M3).view(torch.uint8)
+    assert torch.equal(summaries.view(torch.uint8), torch.cat([expected, expected], -1))
 
 
 def test_summaries_of_appends_and_roll_backs_equal_those_made_at_once():
@@ -89,17 +105,33 @@ SCORES = [{}, {"per_token": True}, {"reduce": "sum"}, {"normalize": True, "scale
 @pytest.mark.parametrize("options", SCORES, ids=str)
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("shape", QUERIES, ids=str)
+@pytest.mark.parametrize("eight", [False, True], ids=["", "e4m3"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-def test_score_pages(dtype, shape, width, options, isa):
+def test_score_pages(dtype, eight, shape, width, options, isa):
     T, Hq, Hkv, D = shape
     g = torch.Generator().manual_seed(0)
     query = torch.randn(2, T, Hq, D, generator=g).to(dtype).transpose(1, 2)
     ends = torch.randn(2, Hkv, 150, width, D, generator=g).to(dtype)
-    summaries = ends.sort(-2, descending=True).values.flatten(-2)
+    if eight:
+        ends = ends.masked_fill(ends.abs() < 2**-6, 0).to(E4M3).to(dtype)
+    summaries = ends.sort(-2, descending=True).values.flatten(-2).to(E4M3 if eight else dtype)
     scores = ops.score_pages(query, summaries, int32(150, 67), **options)
     exact = score_pages_reference(query, summaries, int32(150, 67), **options)
     size = float(exact[exact.isfinite()].abs().max().clamp(min=1))
     torch.testing.assert_close(scores.double(), exact, atol=2e-6 * size, rtol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 7])
+def test_every_e4m3_value_counts_and_those_below_their_least_exponent_may_count_as_0(T, isa):
+    values = torch.arange(256).to(torch.uint8).view(E4M3)
+    values = values[values.float().isfinite()]  # [254]
+    for dtype in DTYPES:
+        query = torch.full((1, 2, T, 2), 1.0, dtype=dtype)
+        query[..., 1] = 0
+        summaries = torch.stack([values, values], -1).view(1, 1, -1, 2)
+        scores = ops.score_pages(query, summaries, int32(len(values)))[0, 0, 0]
+        small, close = values.float().abs() < 2**-6, (scores / values.float() - 1).abs() < 1e-6
+        assert close[~small].all() and (close | (scores == 0))[small].all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -250,6 +282,14 @@ def bad_calls():
     yield "page_size must be at least 1, got 0", lambda: ops.page_summaries(key, int32(0), int32(20), summaries)
     yield r"summaries.size\(3\) must be D", lambda: ops.page_summaries(key, int32(0), int32(9), odd, 4)
     yield r"end\[0\] = 21", lambda: ops.page_summaries(key, int32(0), int32(21), summaries, 8)
+    yield (
+        "summaries must be float32 or float8_e4m3fn, got float16",
+        lambda: ops.page_summaries(key, int32(0), int32(9), summaries.half(), 8),
+    )
+    yield (
+        "summaries must be float32 or float8_e4m3fn, got bfloat16",
+        lambda: ops.score_pages(query, summaries.bfloat16(), int32(4)),
+    )
     yield r"num_pages\[0\] = 5", lambda: ops.score_pages(query, summaries, int32(5))
     yield "multiple of the KV heads", lambda: ops.score_pages(query[:, :3], summaries, int32(4))
     yield "must be D or 2 D", lambda: ops.score_pages(query, odd, int32(4))

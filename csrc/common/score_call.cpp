@@ -16,6 +16,13 @@ QueryShape check_query(const char* op, const Tensor& query) {
   return {query.size(0), query.size(1), query.size(2), query.size(3)};
 }
 
+// Summaries have the dtype of what they are made of or met by, or are in e4m3.
+void check_summary_dtype(const char* op, const Tensor& summaries, ScalarType type) {
+  BW_CHECK(summaries.scalar_type() == type || summaries.scalar_type() == ScalarType::Float8_e4m3fn,
+           op, ": summaries must be ", name_of(type), " or float8_e4m3fn, got ",
+           name_of(summaries.scalar_type()));
+}
+
 void check_reduce(const char* op, int64_t reduce) {
   BW_CHECK(reduce == 0 || reduce == 1, op, ": reduce must be 0 (sum) or 1 (max), got ", reduce);
 }
@@ -28,7 +35,7 @@ SummaryCall check_page_summaries(const char* op, const Tensor& key_cache, const 
                                  const std::optional<Tensor>& page_table) {
   check_float_dtype(op, "key_cache", key_cache);
   check_dim(op, "summaries", summaries, 4, "[B, Hkv, N, D or 2 D]");
-  check_dtype(op, "summaries", summaries, key_cache.scalar_type());
+  check_summary_dtype(op, summaries, key_cache.scalar_type());
   check_contiguous(op, "summaries", summaries);
   const int64_t B = summaries.size(0);
   const CacheShape shape = check_cache(op, "key_cache", key_cache, B, page_table);
@@ -60,7 +67,7 @@ RowLens check_score_pages(const char* op, const Tensor& query, const Tensor& sum
   const auto [B, Hq, T, D] = check_query(op, query);
   check_reduce(op, reduce);
   check_dim(op, "summaries", summaries, 4, "[B, Hkv, N, D or 2 D]");
-  check_dtype(op, "summaries", summaries, query.scalar_type());
+  check_summary_dtype(op, summaries, query.scalar_type());
   check_last_contiguous(op, "summaries", summaries);
   check_size(op, "summaries", summaries, 0, B, "B");
   const int64_t Hkv = summaries.size(1), N = summaries.size(2), width = summaries.size(3);

@@ -102,8 +102,10 @@ void page_summaries(Tensor key_cache, Tensor begin, Tensor end, Tensor summaries
   const ScoreKernels& k = BW_KERNELS(score_kernels);
   const DType type = dtype_of(key_cache.scalar_type());
   const int64_t bytes = bytes_of(type), width = summaries.size(3);
+  const bool e4m3 = summaries.scalar_type() == ScalarType::Float8_e4m3fn;
   const char* keys = static_cast<const char*>(key_cache.const_data_ptr());
   char* out = static_cast<char*>(summaries.mutable_data_ptr());
+  const int64_t out_bytes = width * (e4m3 ? 1 : bytes);
   int64_t most = 0;
   for (int64_t b = 0; b < B; ++b) most = std::max<int64_t>(most, last(b, 0) - first(b, 0));
   const int64_t grain = most > 16 ? 1 : B * Hkv;
@@ -117,11 +119,11 @@ void page_summaries(Tensor key_cache, Tensor begin, Tensor end, Tensor summaries
         rows.clear();
         for (int64_t slot = low; slot < high; ++slot)
           rows.push_back(keys + layout.offset(b, h, slot) * bytes);
-        char* to_row = out + (i * N + n) * width * bytes;
+        char* to_row = out + (i * N + n) * out_bytes;
         if (rows.empty())
-          std::fill(to_row, to_row + width * bytes, 0);
+          std::fill(to_row, to_row + out_bytes, 0);
         else
-          k.summarise(type, rows.data(), high - low, D, call.kind, to_row);
+          k.summarise(type, rows.data(), high - low, D, call.kind, e4m3, to_row);
       }
     }
   });
@@ -164,6 +166,7 @@ Tensor score_pages(Tensor query, Tensor summaries, Tensor num_pages, int64_t red
     args.q_stride[2] = width;
   }
   args.keys = summaries.const_data_ptr();
+  args.e4m3_keys = summaries.scalar_type() == ScalarType::Float8_e4m3fn;
   args.layout = layout_of(summaries, std::nullopt);
   args.Hq = Hq;
   args.Hkv = Hkv;

@@ -77,7 +77,7 @@ void page_summaries_cuda(Tensor key_cache, Tensor begin, Tensor end, Tensor summ
               {cuda::cache_ref(op, key_cache, B, page_table), dtype_of(key_cache.scalar_type()),
                cuda::lengths_of(call.from), cuda::lengths_of(call.to), call.offsets, page_size, B,
                call.shape.Hkv, summaries.size(2), call.kind == Summary::min_max,
-               summaries.mutable_data_ptr()},
+               summaries.mutable_data_ptr(), summaries.scalar_type() == ScalarType::Float8_e4m3fn},
               device.stream()));
 }
 
@@ -89,6 +89,7 @@ Tensor score_pages_cuda(Tensor query, Tensor summaries, Tensor num_pages, int64_
   cuda::ScoreLaunch launch =
       score_launch(query, cuda::cache_ref(op, summaries, query.size(0), std::nullopt),
                    summaries.size(1), pages, reduce, per_token, scale);
+  launch.e4m3_keys = summaries.scalar_type() == ScalarType::Float8_e4m3fn;
   launch.bound = summaries.size(3) != query.size(3);
   launch.nothing = -INFINITY;
   return run_score(op, query, launch, normalize, device);

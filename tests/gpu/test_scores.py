@@ -12,12 +12,14 @@ from test_ops_scores import (
     cache_of,
     int32,
     lens_of,
+    test_every_e4m3_value_counts_and_those_below_their_least_exponent_may_count_as_0,  # noqa: F401
     test_evict_kv,  # noqa: F401
     test_page_summaries,  # noqa: F401
     test_rerotate_keys,  # noqa: F401
     test_segment_means,  # noqa: F401
     test_select_pages,  # noqa: F401
     test_select_slots,  # noqa: F401
+    test_summaries_in_e4m3_are_rounded_as_torch_rounds,  # noqa: F401
     test_summaries_of_appends_and_roll_backs_equal_those_made_at_once,  # noqa: F401
 )
 
@@ -35,9 +37,10 @@ def isa():
 @pytest.mark.parametrize("options", test_ops_scores.SCORES, ids=str)
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 9, 3, 64), (5, 6, 2, 40), (3, 3, 3, 80)], ids=str)
+@pytest.mark.parametrize("eight", [False, True], ids=["", "e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_score_pages(dtype, shape, width, options):
-    test_ops_scores.test_score_pages(dtype, shape, width, options, None)
+def test_score_pages(dtype, eight, shape, width, options):
+    test_ops_scores.test_score_pages(dtype, eight, shape, width, options, None)
 
 
 @pytest.mark.parametrize("options", MASSES, ids=str)

@@ -1,14 +1,17 @@
-// Rows of fp32, bf16 and fp16 as fp32 vectors, and back.
+// Rows of fp32, bf16, fp16 and e4m3 (see common/e4m3.h) as fp32 vectors, and back.
 #pragma once
 
 #include "cpu/kernels/vec-inl.h"
 
-// Conversion to bf16 and fp16 rounds to nearest even and keeps NaN.
+// Conversion rounds to nearest even and keeps NaN; to e4m3 it saturates.
 struct Bf16 {
   uint16_t bits;
 };
 struct F16 {
   uint16_t bits;
+};
+struct E4m3 {
+  uint8_t bits;
 };
 
 inline float as_float(uint32_t bits) {
@@ -80,6 +83,14 @@ inline f32v load_wide(const F16* p) {
 #endif
 }
 
+inline f32v load_wide(const E4m3* p) {
+  const i32v wide = __builtin_convertvector(load_as<i8v>(p), i32v);
+  // As in from_e4m3. All ones become 480 here, which no other value does.
+  const i32v bits = (wide << 20) & static_cast<int32_t>(0x87f00000);
+  const f32v x = load_as<f32v>(&bits) * 0x1p120f;
+  return (wide & 0x7f) == 0x7f ? splat(__builtin_nanf("")) : x;
+}
+
 // The first n <= kLanes values of a row, then zeros; reads nothing behind them.
 template <typename T>
 inline f32v load_wide(const T* p, int64_t n) {
@@ -115,12 +126,26 @@ inline void store_narrow(F16* to, f32v v, int64_t n) {
 #endif
 }
 
-// n floats from a row of any type; n need not be a multiple of the lanes.
-template <typename T>
-inline void convert_row(const T* from, float* to, int64_t n) {
+inline void store_narrow(E4m3* to, f32v v, int64_t n) {
+  const i32v bits = load_as<i32v>(&v), nan = v != v;
+  const i32v magnitude = bits & 0x7fffffff;
+  const f32v limited = load_as<f32v>(&magnitude) > 448.f ? splat(448.f) : load_as<f32v>(&magnitude);
+  const i32v normal = load_as<i32v>(&limited);
+  // Of steps of 2^-9, where the exponent no longer falls: an addition that rounds at their bit.
+  const f32v small = limited * 0x1p9f + 0x1p23f;
+  const i32v steps = load_as<i32v>(&small) - 0x4b000000;
+  i32v code = ((normal + 0x7ffff + ((normal >> 20) & 1)) >> 20) - (120 << 3);
+  code = limited < 0x1p-6f ? steps : code;
+  code = nan ? splat(0x7f) : code;
+  copy_lanes(to, __builtin_convertvector(code | ((bits >> 24) & 0x80), i8v), n);
+}
+
+// n values of any type as those of another; n need not be a multiple of the lanes.
+template <typename T, typename U>
+inline void convert_row(const T* from, U* to, int64_t n) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load_wide(from + i));
-  for (; i < n; ++i) to[i] = to_float(from[i]);
+  for (; i + kLanes <= n; i += kLanes) store_narrow(to + i, load_wide(from + i), kLanes);
+  if (i < n) store_narrow(to + i, load_wide(from + i, n - i), n - i);
 }
 
 // Calls f with a value of the element type.

@@ -150,11 +150,12 @@ template <typename T, typename M>
 void make_key_lines(const T* const* rows, int64_t count, int64_t D, float* buffer,
                     Lines<M>* lines) {
   for (int64_t s = 0; s < count; ++s) {
-    if constexpr (M::kPack == 2 || __is_same(T, float)) {
+    if constexpr (__is_same(T, typename M::Value)) {
       lines->keys[s] = reinterpret_cast<const typename M::Element*>(rows[s]);
     } else {
-      convert_row(rows[s], buffer + s * D, D);
-      lines->keys[s] = buffer + s * D;
+      auto* to = reinterpret_cast<typename M::Value*>(buffer) + s * D;
+      convert_row(rows[s], to, D);
+      lines->keys[s] = reinterpret_cast<const typename M::Element*>(to);
     }
   }
 }

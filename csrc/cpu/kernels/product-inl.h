@@ -18,6 +18,7 @@ struct Fp32Product {
   struct InUse {};  // lives while products are formed
   using Vec = f32v;
   using Element = float;
+  using Value = float;  // rows of which need no conversion
   static Vec broadcast(const Element* p) { return splat(*p); }
   static f32v multiply_add(Vec a, Vec b, f32v sum) { return a * b + sum; }
 
@@ -51,6 +52,7 @@ struct Bf16Product {
   static constexpr int kPack = 2;
   struct InUse {};
   using Vec = i32v;
+  using Value = Bf16;
   struct Element {
     uint16_t pair[2];
   };
@@ -65,6 +67,21 @@ struct Bf16Product {
   static Vec row(const Bf16* p, int64_t n) {
     const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
     return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi16(mask, p));
+  }
+  // Values below 2^-6, which e4m3 holds in steps, count as 0, and all ones as 480: other than these
+  // an e4m3 value is the bf16 one of the same mantissa with 120 more in its exponent.
+  static Vec row(const E4m3* p) {
+    const __m512i wide =
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(wide, 4),
+                                          _mm512_set1_epi16(static_cast<int16_t>(0x87f0)));
+    return reinterpret_cast<Vec>(_mm512_maskz_add_epi16(
+        _mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x78)), bits, _mm512_set1_epi16(120 << 7)));
+  }
+  static Vec row(const E4m3* p, int64_t n) {
+    E4m3 part[32] = {};
+    __builtin_memcpy(part, p, n < 32 ? n : 32);
+    return row(part);
   }
   struct LowPairs {  // a0 b0 a1 b1 ...
     static constexpr int at(int l) { return l / 2 + (l & 1 ? 32 : 0); }

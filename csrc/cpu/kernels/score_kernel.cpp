@@ -10,10 +10,11 @@ namespace {
 
 #include "cpu/kernels/pack-inl.h"
 
-template <typename T>
+// T is the type of queries here and below, K that of keys.
+template <typename K>
 struct KeyTile {
   int64_t begin, count;
-  const T* keys[kKeyTile];
+  const K* keys[kKeyTile];
 };
 
 // Scores of a tile as vectors. Few rows: one column, a vector holds kSlots slots of all rows, row r
@@ -37,11 +38,11 @@ int32_t clamp_slot(int64_t slot) {
 }
 
 // The scores of a tile for rows [first, first + 48) of a unit, packed at `query`.
-template <typename T, typename M, int R = 1>
-void few_scores(const KeyTile<T>& tile, Prefetcher<T>& ahead, const float* query, int64_t rows,
+template <typename K, typename M, int R = 1>
+void few_scores(const KeyTile<K>& tile, Prefetcher<K>& ahead, const float* query, int64_t rows,
                 int64_t D, TileScores* out) {
   if constexpr (R <= kFewRows) {
-    if (rows != R) return few_scores<T, M, R + 1>(tile, ahead, query, rows, D, out);
+    if (rows != R) return few_scores<K, M, R + 1>(tile, ahead, query, rows, D, out);
     constexpr int S = kSlots<R>;
     out->vectors = (tile.count + S - 1) / S;
     out->columns = 1;
@@ -78,7 +79,7 @@ LaneRows lane_rows(const ScoreArgs& a, const ScoreUnit& u, int64_t first, int64_
 
 // Calls f(scores, column, rows of its lanes, first row, key of its first vector) for every column
 // of every tile, in order of keys.
-template <typename T, typename M, typename F>
+template <typename T, typename K, typename M, typename F>
 void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, const F& f) {
   const int64_t rows = static_cast<int64_t>(u.tokens) * u.heads, D = a.D, G = a.Hq / a.Hkv;
   float* query = scratch;
@@ -95,8 +96,8 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
   for (int64_t first = 0; first < rows; first += kLanes)
     of[first / kLanes] = lane_rows(a, u, first, slots);
   const int64_t size =
-      rows <= kFewRows ? small_tile(D * static_cast<int64_t>(sizeof(T))) : kKeyTile;
-  const auto find = [&](int64_t begin, KeyTile<T>* tile) {
+      rows <= kFewRows ? small_tile(D * static_cast<int64_t>(sizeof(K))) : kKeyTile;
+  const auto find = [&](int64_t begin, KeyTile<K>* tile) {
     const int64_t left = u.end - begin;
     tile->begin = begin;
     tile->count = left < size ? (left > 0 ? left : 0) : size;
@@ -104,18 +105,18 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
     for_each_run(all, a.layout, begin, tile->count, [&](int64_t s, int64_t slot, int64_t n) {
       find_run(a.layout, a.keys, u.batch, u.kv_head, slot, n, tile->keys + s);
     });
-    for (int64_t s = tile->count; s < size; ++s) tile->keys[s] = zeros<T>();
+    for (int64_t s = tile->count; s < size; ++s) tile->keys[s] = zeros<K>();
   };
-  KeyTile<T> tiles[2];
+  KeyTile<K> tiles[2];
   find(u.begin, tiles);
   for (int at = 0; tiles[at].count > 0; at ^= 1) {
-    const KeyTile<T>* tile = tiles + at;
-    KeyTile<T>* next = tiles + (at ^ 1);
+    const KeyTile<K>* tile = tiles + at;
+    KeyTile<K>* next = tiles + (at ^ 1);
     find(tile->begin + size, next);
-    Prefetcher<T> ahead(next->keys, next->count, D);
+    Prefetcher<K> ahead(next->keys, next->count, D);
     TileScores found{scores, 0, 0, 0};
     if (rows <= kFewRows) {
-      few_scores<T, M>(*tile, ahead, query, rows, D, &found);
+      few_scores<K, M>(*tile, ahead, query, rows, D, &found);
       f(found, 0, of[0], 0, tile->begin, tile->count);
     } else {
       Lines<M> lines;
@@ -123,9 +124,9 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
       lines.count = tile->count;
       make_key_lines(tile->keys, tile->count, D, converted, &lines);
       for_each_group(rows, [&](int64_t first, int nv) {
-        const auto call = nv == 3   ? many_scores<M, 3, Prefetcher<T>>
-                          : nv == 2 ? many_scores<M, 2, Prefetcher<T>>
-                                    : many_scores<M, 1, Prefetcher<T>>;
+        const auto call = nv == 3   ? many_scores<M, 3, Prefetcher<K>>
+                          : nv == 2 ? many_scores<M, 2, Prefetcher<K>>
+                                    : many_scores<M, 1, Prefetcher<K>>;
         call(lines, ahead, query + first * D, D, &found);
         for (int v = 0; v < nv; ++v)
           f(found, v, of[first / kLanes + v], first + v * kLanes, tile->begin, tile->count);
@@ -164,14 +165,14 @@ f32v fold_rows(f32v v, int64_t S) {
   return v;
 }
 
-template <typename T, typename M, bool Max>
+template <typename T, typename K, typename M, bool Max>
 void reduce_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
   const Logits logits(a);
   const bool probabilities = a.lse != nullptr;
   const f32v nothing = splat(Max ? -kInf : 0.f);
   const i32v lane = lane_numbers();
   for (int64_t i = 0; i < u.end - u.begin; ++i) u.out[i] = Max ? -kInf : 0.f;
-  for_each_column<T, M>(
+  for_each_column<T, K, M>(
       a, u, scratch,
       [&](const TileScores& tile, int column, const LaneRows& rows, int64_t, int64_t begin,
           int64_t count) {
@@ -210,7 +211,7 @@ void reduce_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
       });
 }
 
-template <typename T, typename M>
+template <typename T, typename K, typename M>
 void lse_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
   const Logits logits(a);
   const int64_t rows = static_cast<int64_t>(u.tokens) * u.heads, padded = padded_rows(rows);
@@ -220,7 +221,7 @@ void lse_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
   for (int64_t i = 0; i < padded; ++i) top[i] = -kInf, sum[i] = 0.f;
   int64_t slots = 1;
   const i32v lane = lane_numbers();
-  for_each_column<T, M>(
+  for_each_column<T, K, M>(
       a, u, scratch,
       [&](const TileScores& tile, int column, const LaneRows& of, int64_t first, int64_t begin,
           int64_t count) {
@@ -262,29 +263,32 @@ void lse_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
 template <typename F>
 void by_product(const ScoreArgs& a, F f) {
   by_type(a.type, [&](auto type) {
-    with_product<decltype(type)>(a.D, [&](auto product) { f(type, product); });
+    with_product<decltype(type)>(a.D, [&](auto product) {
+      a.e4m3_keys ? f(type, E4m3{}, product) : f(type, type, product);
+    });
   });
 }
 
 void reduce_rows(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
-  by_product(a, [&](auto type, auto product) {
+  by_product(a, [&](auto type, auto key, auto product) {
     using T = decltype(type);
+    using K = decltype(key);
     using M = decltype(product);
     if (a.take_max)
-      reduce_typed<T, M, true>(a, u, scratch);
+      reduce_typed<T, K, M, true>(a, u, scratch);
     else
-      reduce_typed<T, M, false>(a, u, scratch);
+      reduce_typed<T, K, M, false>(a, u, scratch);
   });
 }
 
 void row_lse(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
-  by_product(a, [&](auto type, auto product) {
-    lse_typed<decltype(type), decltype(product)>(a, u, scratch);
+  by_product(a, [&](auto type, auto key, auto product) {
+    lse_typed<decltype(type), decltype(key), decltype(product)>(a, u, scratch);
   });
 }
 
-template <typename T>
-void summarise_typed(const T* const* rows, int64_t count, int64_t D, Summary kind, T* out) {
+template <typename T, typename U>
+void summarise_typed(const T* const* rows, int64_t count, int64_t D, Summary kind, U* out) {
   for (int64_t d = 0; d < D; d += kLanes) {
     const int64_t n = D - d < kLanes ? D - d : kLanes;
     f32v low = load_wide(rows[0] + d, n), high = low, sum = low;
@@ -304,10 +308,14 @@ void summarise_typed(const T* const* rows, int64_t count, int64_t D, Summary kin
 }
 
 void summarise(DType type, const void* const* rows, int64_t count, int64_t D, Summary kind,
-               void* out) {
+               bool to_e4m3, void* out) {
   by_type(type, [&](auto element) {
     using T = decltype(element);
-    summarise_typed(reinterpret_cast<const T* const*>(rows), count, D, kind, static_cast<T*>(out));
+    const auto* typed = reinterpret_cast<const T* const*>(rows);
+    if (to_e4m3)
+      summarise_typed(typed, count, D, kind, static_cast<E4m3*>(out));
+    else
+      summarise_typed(typed, count, D, kind, static_cast<T*>(out));
   });
 }
 

@@ -15,7 +15,8 @@ struct ScoreArgs {
   int64_t q_stride[3];  // elements, for B, Hq, T
   const void* keys;
   KvLayout layout;
-  DType type;  // of both
+  DType type;      // of both
+  bool e4m3_keys;  // of the query alone, keys are in e4m3
   int64_t Hq, Hkv, T, D;
   float scale, softcap;  // softcap 0: none
   const float* lse;      // [B, Hq, T]: scores are probabilities; nullptr: they are logits
@@ -45,8 +46,10 @@ struct ScoreKernels {
   void (*reduce_rows)(const ScoreArgs&, const ScoreUnit&, float* scratch);
   // Log-sum-exp of the logits of every row over the unit's keys.
   void (*row_lse)(const ScoreArgs&, const ScoreUnit&, float* scratch);
-  // min_max: out[2 D], the largest and then the smallest value of every column; mean: out[D].
-  void (*summarise)(DType, const void* const* rows, int64_t count, int64_t D, Summary, void* out);
+  // min_max: out[2 D], the largest and then the smallest value of every column; mean: out[D]. Of
+  // the rows' type, or e4m3.
+  void (*summarise)(DType, const void* const* rows, int64_t count, int64_t D, Summary, bool to_e4m3,
+                    void* out);
 };
 
 namespace baseline {

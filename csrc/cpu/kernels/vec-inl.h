@@ -18,6 +18,7 @@ typedef float f32v __attribute__((vector_size(kLanes * 4)));
 typedef int32_t i32v __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
+typedef int8_t i8v __attribute__((vector_size(kLanes)));
 
 constexpr float kInf = __builtin_inff();
 constexpr float kLog2e = 1.44269504088896341f;

@@ -5,16 +5,16 @@
 
 namespace branchwise::cuda {
 
-// Elements [at, at + 8) of a row of `size`; `beyond` behind its end. By 16-byte loads where they
-// lie on 16 bytes.
+// Elements [at, at + 8) of a row of `size`; `beyond` behind its end. By loads of 16 bytes,
+// or all eight if that is less, where they lie on as many.
 template <typename Element>
 __device__ void load_eight(const Element* row, int64_t at, int64_t size, float beyond,
                            float (&x)[8]) {
-  struct alignas(16) Vector {
-    Element elements[16 / sizeof(Element)];
+  constexpr int kPerVector = sizeof(Element) == 1 ? 8 : 16 / sizeof(Element);
+  struct alignas(kPerVector * sizeof(Element)) Vector {
+    Element elements[kPerVector];
   };
-  constexpr int kPerVector = 16 / sizeof(Element);
-  if (at + 8 <= size && reinterpret_cast<uintptr_t>(row + at) % 16 == 0) {
+  if (at + 8 <= size && reinterpret_cast<uintptr_t>(row + at) % sizeof(Vector) == 0) {
 #pragma unroll
     for (int v = 0; v < 8 / kPerVector; ++v) {
       const Vector loaded = reinterpret_cast<const Vector*>(row + at)[v];

@@ -52,8 +52,8 @@ __device__ void stage_rows(const ScoreLaunch& in, const Rows& rows, int64_t b, i
 }
 
 // A thread's key times eight rows, as logits in base 2.
-template <typename Element>
-__device__ void multiply_rows(const ScoreLaunch& in, const Rows& rows, const Element* key,
+template <typename Key>
+__device__ void multiply_rows(const ScoreLaunch& in, const Rows& rows, const Key* key,
                               float (&out)[kRows]) {
   const int64_t D = in.keys.D;
 #pragma unroll
@@ -81,7 +81,7 @@ __device__ int64_t end_of(const ScoreLaunch& in, int64_t b, int64_t h) {
 }
 
 // A thread per key.
-template <typename Element>
+template <typename Element, typename Key>
 __global__ void __launch_bounds__(kThreads) score_kernel(const __grid_constant__ ScoreLaunch in) {
   const int64_t G = in.Hq / in.Hkv, tokens = in.per_token ? in.T : 1;
   const int64_t heads = in.per_query_head ? in.Hq : in.Hkv;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const __grid_constant__
   const int64_t i = blockIdx.x % chunks * kThreads + threadIdx.x;
   const Rows rows = rows_in(shared_memory(), in.keys.D);
   const auto* key =
-      i < end_of(in, b, h) ? reinterpret_cast<const Element*>(slot_at(in.keys, b, h, i)) : nullptr;
+      i < end_of(in, b, h) ? reinterpret_cast<const Key*>(slot_at(in.keys, b, h, i)) : nullptr;
   const int64_t own = length_of(in.lens, b, h);
   float result = in.take_max ? -INFINITY : 0.f;
   for (int64_t first = 0; first < count; first += kRows) {
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) score_kernel(const __grid_constant__
 }
 
 // A block per eight rows of a KV head, over all keys.
-template <typename Element>
+template <typename Element, typename Key>
 __global__ void __launch_bounds__(kThreads)
     row_lse_kernel(const __grid_constant__ ScoreLaunch in, float* lse) {
   const int64_t G = in.Hq / in.Hkv, count = in.T * G, groups = (count + kRows - 1) / kRows;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
     sum[r] = 0.f;
   }
   for (int64_t i = threadIdx.x; i < end; i += kThreads) {
-    const auto* key = reinterpret_cast<const Element*>(slot_at(in.keys, b, h, i));
+    const auto* key = reinterpret_cast<const Key*>(slot_at(in.keys, b, h, i));
     if (key == nullptr) continue;
     float x[kRows];
     multiply_rows(in, rows, key, x);
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A warp per unit, lanes along the head dim.
-template <typename Element>
+template <typename Element, typename Summary>
 __global__ void summary_kernel(const __grid_constant__ SummaryLaunch in) {
   constexpr int kWarps = kThreads / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -193,7 +193,7 @@ __global__ void summary_kernel(const __grid_constant__ SummaryLaunch in) {
   if (low < 0) low = 0;
   if (high > in.keys.capacity) high = in.keys.capacity;
   auto* out =
-      static_cast<Element*>(in.out) + ((b * in.Hkv + h) * in.N + n) * D * (in.min_max ? 2 : 1);
+      static_cast<Summary*>(in.out) + ((b * in.Hkv + h) * in.N + n) * D * (in.min_max ? 2 : 1);
   for (int64_t d = lane; d < D; d += kWarp) {
     float least = INFINITY, most = -INFINITY, sum = 0.f;
     int64_t count = 0;
@@ -222,9 +222,13 @@ int score_keys(const ScoreLaunch& in, void* stream) {
   const int64_t tokens = in.per_token ? in.T : 1, heads = in.per_query_head ? in.Hq : in.Hkv;
   const int64_t blocks = (in.S + kThreads - 1) / kThreads * in.B * tokens * heads;
   if (blocks == 0) return 0;
+  const Grid grid(static_cast<unsigned>(blocks));
   return dispatch(in.type, [&](auto element) {
-    return launch(score_kernel<decltype(element)>, Grid(static_cast<unsigned>(blocks)), kThreads,
-                  rows_bytes(in.keys.D), stream, in);
+    using Element = decltype(element);
+    const auto with = [&](auto* kernel) {
+      return launch(kernel, grid, kThreads, rows_bytes(in.keys.D), stream, in);
+    };
+    return in.e4m3_keys ? with(score_kernel<Element, E4m3>) : with(score_kernel<Element, Element>);
   });
 }
 
@@ -233,9 +237,14 @@ int row_lse(const ScoreLaunch& in, float* lse, void* stream) {
   const int64_t blocks = groups * in.Hkv * in.B;
   if (blocks == 0) return 0;
   const int bytes = rows_bytes(in.keys.D) + kRows * (kThreads / kWarp) * 2 * 4;
+  const Grid grid(static_cast<unsigned>(blocks));
   return dispatch(in.type, [&](auto element) {
-    return launch(row_lse_kernel<decltype(element)>, Grid(static_cast<unsigned>(blocks)), kThreads,
-                  bytes, stream, in, lse);
+    using Element = decltype(element);
+    const auto with = [&](auto* kernel) {
+      return launch(kernel, grid, kThreads, bytes, stream, in, lse);
+    };
+    return in.e4m3_keys ? with(row_lse_kernel<Element, E4m3>)
+                        : with(row_lse_kernel<Element, Element>);
   });
 }
 
@@ -244,7 +253,10 @@ int page_summaries(const SummaryLaunch& in, void* stream) {
   const int64_t of_block = kThreads / kWarp;
   const Grid grid(static_cast<unsigned>((in.N + of_block - 1) / of_block * in.B * in.Hkv));
   return dispatch(in.type, [&](auto element) {
-    return launch(summary_kernel<decltype(element)>, grid, kThreads, 0, stream, in);
+    using Element = decltype(element);
+    const auto with = [&](auto* kernel) { return launch(kernel, grid, kThreads, 0, stream, in); };
+    return in.to_e4m3 ? with(summary_kernel<Element, E4m3>)
+                      : with(summary_kernel<Element, Element>);
   });
 }
 

@@ -17,6 +17,7 @@ struct ScoreLaunch {
   bool causal;  // token t sees keys up to its own, length + t
   bool bound;   // keys are largest and smallest values: the query's positive part meets the first
   DType type;
+  bool e4m3_keys;  // instead of `type`, which is the query's
   int64_t B, Hq, Hkv, T;
   float scale, softcap;  // softcap 0: none
   const float* lse;      // [B, Hq, T]: scores are probabilities; null: logits
@@ -39,6 +40,7 @@ struct SummaryLaunch {
   int64_t page_size, B, Hkv, N;
   bool min_max;  // else the mean
   void* out;     // [B, Hkv, N, 2 D or D]
+  bool to_e4m3;  // out, instead of `type`
 };
 int page_summaries(const SummaryLaunch& launch, void* stream);
 

@@ -36,13 +36,13 @@ class Round:
     Attributes:
         plan: its plan.
         pays: some row is long enough to select for.
-        committed: i32[B], pages that hold committed slots.
-        pages, competing: i32[B, T], the same per token, and how many of them compete.
+        whole: i32[B], pages full of committed slots; the same tensor as long as these numbers are.
+        pages, competing: i32[B, T], pages that hold committed slots, and how many of them compete for each token.
     """
 
     plan: AttentionPlan
     pays: bool
-    committed: Tensor
+    whole: Tensor
     pages: Tensor
     competing: Tensor
 
@@ -54,6 +54,8 @@ class SelectingSession(KVSession):
     number of pages before them. So what it sees depends on its position alone, and a node of a tree no deeper than
     ``recent`` finds every page that competes in the store already.
     """
+
+    summary_dtype: torch.dtype | None = None  # None: the keys'
 
     def __init__(self, model: PreTrainedModel, store: KVStore, options: SelectingOptions) -> None:
         check_layers(model)
@@ -109,14 +111,16 @@ class SelectingSession(KVSession):
 
     def _new_round(self, call: LayerCall) -> Round:
         size, positions, least = self.options.page_size, call.plan.positions, self.min_length(call)
-        pages = -(-call.plan.seq_lens // size)
+        pages, whole = -(-call.plan.seq_lens // size), call.plan.seq_lens // size
+        if self._round is not None and torch.equal(self._round.whole, whole):
+            whole = self._round.whole
         competing = torch.where(positions < least, 0, positions // size - self.recent_pages)
-        competing = torch.minimum(competing.clamp(min=0), pages[:, None])
+        competing = torch.minimum(competing.clamp(min=0), whole[:, None])
         held = (self.budget_pages + self.recent_pages + 1) * size
         return Round(
             plan=call.plan,
             pays=int(positions.max()) >= max(held, least),
-            committed=pages,
+            whole=whole,
             pages=pages[:, None].expand_as(competing).contiguous(),
             competing=competing.int().contiguous(),
         )
@@ -125,11 +129,20 @@ class SelectingSession(KVSession):
         if self.options.min_length is not None:
             return self.options.min_length
         _, Hq, _, D = call.query.shape
-        return break_even(Hq, call.keys.shape[1], D, call.query.dtype, self.options.page_size, self.options.budget)
+        of = self.options
+        return break_even(Hq, call.keys.shape[1], D, call.query.dtype, of.page_size, of.budget, self.summary_dtype)
 
 
 @cache
-def break_even(Hq: int, Hkv: int, D: int, dtype: torch.dtype, page_size: int, budget: int) -> int:
+def break_even(
+    Hq: int,
+    Hkv: int,
+    D: int,
+    dtype: torch.dtype,
+    page_size: int,
+    budget: int,
+    summary_dtype: torch.dtype | None = None,
+) -> int:
     """Tokens from which selecting and attending to ``budget`` of them is faster than attending to all, for one token of
     one row on this machine: a multiple of the budget, or 2**31 - 1 if it is not up to 32 times the budget."""
     query = torch.randn(1, Hq, 1, D).to(dtype)
@@ -137,7 +150,7 @@ def break_even(Hq: int, Hkv: int, D: int, dtype: torch.dtype, page_size: int, bu
         S = factor * budget
         keys, values = (torch.randn(1, Hkv, S + page_size, D).to(dtype) for _ in range(2))
         lens, pages = torch.tensor([S], dtype=torch.int32), torch.tensor([S // page_size], dtype=torch.int32)
-        summaries = torch.randn(1, Hkv, S // page_size, 2 * D).to(dtype)
+        summaries = torch.randn(1, Hkv, S // page_size, 2 * D).to(summary_dtype or dtype)
 
         sparse = partial(_select_and_attend, query, keys, values, lens, summaries, pages, page_size, budget)
         if _time_ratio(sparse, partial(ops.tree_attention, query, keys, values, lens)) < 1:

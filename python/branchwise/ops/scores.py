@@ -40,7 +40,8 @@ def page_summaries(
         key_cache: [B, Hkv, S, D], or paged; float32, bfloat16 or float16.
         begin, end: i32[B] or i32[B, Hkv], slots; with ``segment_offsets``, segments.
         summaries: [B, Hkv, N, 2 D], the largest and then the smallest value of every channel, or [B, Hkv, N, D], the
-            mean, in the dtype of the cache; contiguous; mutated. Largest and smallest are exact in every dtype.
+            mean, in the dtype of the cache or float8_e4m3fn; contiguous; mutated. Largest and smallest are exact in
+            the dtype of the cache, and in e4m3 to nearest, at most 448, so that they bound no longer.
         page_size: slots per unit; any number, whatever the cache's pages are.
         segment_offsets: i32[B, Hkv, N + 1]: units of any length instead of pages. An empty one is summarised as 0.
         page_table: of the cache.
@@ -82,7 +83,8 @@ def page_summaries_reference(
                     unit = torch.cat([keys.amax(0), keys.amin(0)]) if len(keys) else keys.new_zeros(width)
                 else:
                     unit = keys.mean(0) if len(keys) else keys.new_zeros(width)
-                summaries[b, h, n] = unit.to(summaries.dtype)
+                most = torch.finfo(summaries.dtype).max
+                summaries[b, h, n] = unit.clamp(-most, most).to(summaries.dtype)
 
 
 def score_pages(
@@ -102,8 +104,9 @@ def score_pages(
 
     Args:
         query: [B, Hq, T, D] float32, bfloat16 or float16, post-RoPE.
-        summaries: [B, Hkv, N, D] or [B, Hkv, N, 2 D], as :func:`page_summaries` leaves them; 2 D <= 512. A key cache
-            may be given as its own summaries, a page per token.
+        summaries: [B, Hkv, N, D] or [B, Hkv, N, 2 D], as :func:`page_summaries` leaves them, in the dtype of the query
+            or float8_e4m3fn, of which values below 2**-6 may count as 0; 2 D <= 512. A key cache may be given as its
+            own summaries, a page per token.
         num_pages: i32[B] or i32[B, Hkv], pages that have a summary.
         reduce: "max" or "sum" over the query heads of a KV head, and over the tokens unless ``per_token``.
         per_token: scores of every token by itself.
