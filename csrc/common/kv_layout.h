@@ -17,7 +17,7 @@ struct KvLayout {
   int64_t table_head_stride;  // 0: the heads of a row share its pages
   int64_t page_size;
 
-  BW_HOST_DEVICE int64_t offset(int64_t row, int64_t head, int64_t slot) const {
+  BW_INLINE int64_t offset(int64_t row, int64_t head, int64_t slot) const {
     if (page_table == nullptr) return row * stride_outer + head * stride_head + slot * stride_slot;
     const uint32_t size = static_cast<uint32_t>(page_size), at = static_cast<uint32_t>(slot);
     const int64_t page = page_table[row * table_stride + head * table_head_stride + at / size];
