@@ -59,20 +59,32 @@ void pack(const LinearArgs& a, int64_t block, float* packed) {
   });
 }
 
-// R rows from `m` on and kLanes / R columns from `n` on, of which N has the first `count`; terms
-// [k, end) of the sums, of which `partial` keeps what is not yet complete.
+// Terms [k, end) of sums, for one of so many blocks of rows that pass by the same weights in turn.
+struct Part {
+  int64_t k, end, turn, turns;
+};
+
+// R rows from `m` on and kLanes / R columns from `n` on, of which N has the first `count`.
+// `partial` keeps sums that are not yet complete.
 template <int R, typename T>
 void product(const LinearArgs& a, const float* packed, int64_t m, int64_t n, int64_t count,
-             int64_t k, int64_t end, float* partial) {
+             const Part& part, float* partial) {
   using Product = typename ProductOf<T>::type;
   using Vec = typename Product::Vec;
   constexpr int C = kLanes / R;
   constexpr int64_t kStep = kLanes * Product::kPack;
   const int64_t row_floats = steps<Product>(a.K) * kLanes;
-  const T* weight[C];
+  const T *weight[C], *asked[C];
 #pragma GCC unroll 16
-  for (int c = 0; c < C; ++c)
+  for (int c = 0; c < C; ++c) {
     weight[c] = static_cast<const T*>(a.weight) + (n + (c < count ? c : 0)) * a.weight_stride;
+    // Each turn asks for its share of the next block's weights: memory has no pause then. Into the
+    // second cache level, where requests do not hold up loads.
+    const bool share = n + kColumns + c < a.N && c % part.turns == part.turn;
+    asked[c] = weight[c] + (share ? kColumns * a.weight_stride : 0);
+  }
+  int64_t k = part.k;
+  const int64_t end = part.end;
   f32v sums[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) sums[i] = k == 0 ? f32v{} : load(partial + i * kLanes);
@@ -82,6 +94,7 @@ void product(const LinearArgs& a, const float* packed, int64_t m, int64_t n, int
     for (int r = 0; r < R; ++r) x[r] = load_as<Vec>(packed + r * row_floats + k / Product::kPack);
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
+      __builtin_prefetch(asked[c] + k, 0, 2);
       const Vec w = load_weight(weight[c] + k);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sums[r * C + c] = Product::multiply_add(x[r], w, sums[r * C + c]);
@@ -112,12 +125,11 @@ void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, 
     const int64_t n_begin = column * kColumns;
     const int64_t n_end = n_begin + kColumns < a.N ? n_begin + kColumns : a.N;
     // R rows, the r-th of a block and the next ones; returns where other rows may keep their sums.
-    const auto rows = [&](auto count, int64_t block, int64_t r, int64_t k, int64_t end,
-                          float* partial) {
+    const auto rows = [&](auto count, int64_t block, int64_t r, const Part& part, float* partial) {
       constexpr int R = decltype(count)::value, C = kLanes / R;
       for (int64_t n = n_begin; n < n_end; n += C, partial += kSums)
         product<R, T>(a, packed + block * floats + r * row_floats, block * kRows + r, n,
-                      n_end - n < C ? n_end - n : int64_t{C}, k, end, partial);
+                      n_end - n < C ? n_end - n : int64_t{C}, part, partial);
       return partial;
     };
     for (; first < last; first += kBlocks) {
@@ -126,14 +138,15 @@ void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, 
       for (int64_t k = 0; k < a.K; k += stretch) {
         const int64_t end = k + stretch < a.K ? k + stretch : a.K;
         for (int64_t block = first; block < until; ++block) {
+          const Part part{k, end, block - first, until - first};
           float* partial = scratch + (block - first) * (kRows * kColumns * kLanes);
           const int64_t left = a.M - block * kRows;
           if (left >= kRows) {
-            rows(Int<kRows>{}, block, 0, k, end, partial);
+            rows(Int<kRows>{}, block, 0, part, partial);
             continue;
           }
-          if (left >= 2) partial = rows(Int<2>{}, block, 0, k, end, partial);
-          if (left % 2 == 1) rows(Int<1>{}, block, left - 1, k, end, partial);
+          if (left >= 2) partial = rows(Int<2>{}, block, 0, part, partial);
+          if (left % 2 == 1) rows(Int<1>{}, block, left - 1, part, partial);
         }
       }
     }

@@ -107,8 +107,9 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
 
 template <typename T>
 inline void prefetch(const T* p) {
-  // Where tile registers are used, a tile of slots is larger than the first cache level.
-  __builtin_prefetch(p, 0, kTileRegisters ? 2 : 3);
+  // Into the second cache level: requests for the first hold up the loads beside them, and where
+  // tile registers are used, a tile of slots is larger than it.
+  __builtin_prefetch(p, 0, 2);
   // gcc takes a function that only prefetches for one without effect, and drops calls to it.
   asm volatile("" : : "r"(p));
 }
