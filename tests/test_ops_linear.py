@@ -124,9 +124,18 @@ def test_refusals(x, weight, bias, message):
         ops.invariant_linear(x, weight, bias)
 
 
+@pytest.mark.parametrize("amd", [False, True])
+def test_faster_rows(amd, isa, monkeypatch):
+    monkeypatch.setattr(layers, "_mkl_on_amd", lambda: amd)
+    rows = {"baseline": range(0), "avx2": range(1, 25) if amd else range(4, 25)}
+    assert layers.faster_rows() == rows.get(isa, range(1, 257) if amd else range(4, 25))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 4, 24, 25])
 def test_modules_run_as_our_op_where_it_is_faster(rows, dtype, monkeypatch):
+    monkeypatch.setattr(layers, "faster_rows", lambda: range(4, 25))
+
     def counted(*args):
         calls.append(args)
         return op(*args)

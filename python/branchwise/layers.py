@@ -4,6 +4,8 @@ Works on the modules, not on copies."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -12,8 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import ops
-
-_FASTER_ROWS = range(4, 25)  # of x in fp32, where invariant_linear is faster than torch (measured, docs/kernels.md)
 
 # (hidden_states [B, T, H], keyword arguments of the layer) -> hidden states instead of the layer's
 Replacement = Callable[[Tensor, dict[str, Any]], Tensor]
@@ -93,12 +93,12 @@ class InvariantLinears:
 
     Args:
         model: whose modules.
-        where_faster: leave fp32 to torch but for 4 to 24 rows.
+        where_faster: leave fp32 to torch but for :func:`faster_rows`.
     """
 
     def __init__(self, model: PreTrainedModel, where_faster: bool = False) -> None:
         linears = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in m.__dict__]
-        form = _faster if where_faster else _invariant
+        form = _where_faster(faster_rows()) if where_faster else _invariant
         self._forwards = [(m.__dict__, MethodType(form, m)) for m in linears if m.weight.device.type == "cpu"]
 
     def __enter__(self) -> None:
@@ -110,10 +110,30 @@ class InvariantLinears:
             attributes.pop("forward", None)
 
 
-def _faster(linear: torch.nn.Linear, x: Tensor) -> Tensor:
-    if x.dtype is torch.float32 and x.numel() // x.shape[-1] not in _FASTER_ROWS:
-        return torch.nn.functional.linear(x, linear.weight, linear.bias)
-    return _invariant(linear, x)
+def faster_rows() -> range:
+    """For how many rows in fp32 ``invariant_linear`` is faster than torch's linear layers on this CPU, by measurements
+    (docs/kernels.md). On AMD's these are slow for few rows, and without AVX2 ours for more than a few."""
+    isa, _ = ops.cpu_isa()
+    if isa == "baseline":
+        return range(0)
+    if not _mkl_on_amd():
+        return range(4, 25)
+    return range(1, 25 if isa == "avx2" else 257)
+
+
+@cache
+def _mkl_on_amd() -> bool:
+    cpus = Path("/proc/cpuinfo")
+    return torch.backends.mkl.is_available() and cpus.exists() and "AuthenticAMD" in cpus.read_text()
+
+
+def _where_faster(rows: range) -> Callable[[torch.nn.Linear, Tensor], Tensor]:
+    def forward(linear: torch.nn.Linear, x: Tensor) -> Tensor:
+        if x.dtype is torch.float32 and x.numel() // x.shape[-1] not in rows:
+            return torch.nn.functional.linear(x, linear.weight, linear.bias)
+        return _invariant(linear, x)
+
+    return forward
 
 
 def _invariant(linear: torch.nn.Linear, x: Tensor) -> Tensor:
