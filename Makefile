@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-TRANSFORMERS ?= transformers>=5.17
+TRANSFORMERS ?= transformers==5.24.0
 SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
 
 .PHONY: test test-slow test-wheel test-sanitize test-gpu-sanitize bench-gpu demo lint format bench bench-kernels bench-search bench-peers bench-kv bench-kvpress wheel clean

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 import facts
 from branchwise import KVStore
 from branchwise.attention import use_attention
+from branchwise.cache import CACHE_NAME
 from branchwise.demo import load_smollm2
 from branchwise.forward import StoredModel
 
@@ -36,13 +37,13 @@ class Step:
         self.tokens = torch.randint(0, 49152, (1, T), generator=g)
         self.positions = torch.arange(P, P + T)[None]
         self.cache = tf.DynamicCache()
-        model(prompt, past_key_values=self.cache, logits_to_keep=1)
+        model(prompt, **{CACHE_NAME: self.cache}, logits_to_keep=1)
         self.target = StoredModel(model, KVStore(1, P + T))
         with use_attention(model):
             self.target.extend([prompt[0]])
 
     def plain(self):
-        logits = self.model(self.tokens, past_key_values=self.cache).logits
+        logits = self.model(self.tokens, **{CACHE_NAME: self.cache}).logits
         self.cache.crop(-self.tokens.shape[1])
         return logits
 

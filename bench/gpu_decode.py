@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 
 from branchwise import TreeSpeculation, ops
 from branchwise.acceptance import Rule
+from branchwise.cache import CACHE_NAME
 from branchwise.drafters import Needs, Trie
 from branchwise.tree import DrawKind, RowTree
 
@@ -148,7 +149,7 @@ def static_cache(model: PreTrainedModel, rows: int, prompt: int, slots: int) -> 
             input_ids=tokens,
             position_ids=position,
             attention_mask=seen.expand(rows, 1, 1, slots),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             use_cache=True,
         ).logits
         tokens.copy_(logits[:, -1].argmax(-1, keepdim=True))

@@ -14,7 +14,7 @@ import torch
 import branchwise as bw
 from branchwise import kv
 from branchwise.attention import LayerCall
-from branchwise.cache import KVStore
+from branchwise.cache import CACHE_NAME, KVStore
 from branchwise.demo import load_smollm2
 from needle import learn, sentences
 
@@ -71,7 +71,7 @@ def picture(model: Any, ids: torch.Tensor, policy: Any) -> torch.Tensor:
     policy.begin = lambda *args: sessions.append(begin(*args)) or sessions[-1]
     with Watch(config.num_hidden_layers, config.num_key_value_heads) as watch, bw.sparse_kv(model, policy):
         out = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
-    store, session, grid = out.past_key_values, sessions[-1], watch.seen
+    store, session, grid = out[CACHE_NAME], sessions[-1], watch.seen
     last = ids.shape[1] + NEW - 1
     for layer in range(config.num_hidden_layers):
         if grid[layer].any():

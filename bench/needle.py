@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from branchwise.cache import CACHE_NAME
 from branchwise.demo import load_smollm2
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,7 +120,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, context: Callable[[], Any]) 
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     with context():
         out = model.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = out[CACHE_NAME]
     held = getattr(cache, "num_bytes", None)
     if held is None:
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -29,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import branchwise as bw
 import facts
+from branchwise.cache import CACHE_NAME
 from branchwise.demo import load_smollm2
 from needle import sentences
 
@@ -70,7 +71,7 @@ def run_peer(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache, n: 
     steps = StepTimes()
     out = model.generate(
         ids.expand(n, -1),
-        past_key_values=rows,
+        **{CACHE_NAME: rows},
         custom_generate=bw.PositionKeyedSampler(seed=0),
         stopping_criteria=[steps],
         **options,
@@ -100,7 +101,7 @@ def main() -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         begun = time.perf_counter()
-        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :-1], **{CACHE_NAME: cache}, logits_to_keep=1)
         print(f"prompt once, transformers: {time.perf_counter() - begun:.1f} s", flush=True)
     per_token = bytes_of(cache) / (args.prompt - 1)
     rows = []
@@ -117,7 +118,7 @@ def main() -> None:
             with torch.no_grad():
                 prompt_seconds = facts.seconds(
                     lambda n=n: model(
-                        ids.expand(n, -1), past_key_values=DynamicCache(config=model.config), logits_to_keep=1
+                        ids.expand(n, -1), **{CACHE_NAME: DynamicCache(config=model.config)}, logits_to_keep=1
                     )
                 )
         least = per_token * (args.prompt + n * (args.new - 1))

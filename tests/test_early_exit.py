@@ -7,6 +7,7 @@ import torch
 
 import branchwise as bw
 import tiny
+from branchwise.cache import CACHE_NAME
 from branchwise.decoding import early_exit
 from branchwise.layers import decoder_layers
 from test_sampling import run
@@ -101,7 +102,7 @@ def test_late_layers_hold_the_full_models_keys(monkeypatch):
     store = staged[0].model.store
     for row in range(2):
         start = int((mask[row] == 0).sum())
-        full = model(out[row : row + 1, start:], use_cache=True).past_key_values
+        full = model(out[row : row + 1, start:], use_cache=True)[CACHE_NAME]
         done = [int(stage[row]) for stage in staged[0]._done]
         assert done[0] == out.shape[1] - start - 1 > done[1] >= done[2]  # the last token has not been seen
         for layer in range(3):

@@ -12,6 +12,7 @@ import branchwise as bw
 import tiny
 from branchwise import kv
 from branchwise.attention import LayerCall
+from branchwise.cache import CACHE_NAME
 from branchwise.kv.adakv import head_budgets
 from branchwise.kv.delta import page_masses
 from branchwise.kv.pyramidkv import layer_budget
@@ -37,14 +38,14 @@ def attentions(model, ids):
             out = model(ids, output_attentions=True, use_cache=True)
     finally:
         model.set_attn_implementation(implementation)
-    keys = [layer.keys[0] for layer in out.past_key_values.layers]
+    keys = [layer.keys[0] for layer in out[CACHE_NAME].layers]
     return [a[0] for a in out.attentions], keys
 
 
 def decode(model, policy, ids, new=1):
     with bw.sparse_kv(model, policy):
         out = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
-    return out.sequences[0], out.past_key_values
+    return out.sequences[0], out[CACHE_NAME]
 
 
 def kept_slots(layer, head, keys, last=None):

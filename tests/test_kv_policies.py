@@ -8,6 +8,7 @@ import torch
 import branchwise as bw
 import tiny
 from branchwise import kv
+from branchwise.cache import CACHE_NAME
 
 NEW = 40
 
@@ -174,7 +175,7 @@ def test_other_dtypes(name):
 
 def store_after(model, policy, ids, mask, new=1):
     options = {"return_dict_in_generate": True, "max_new_tokens": new}
-    return run(model, policy, ids, mask, **options).past_key_values
+    return run(model, policy, ids, mask, **options)[CACHE_NAME]
 
 
 def formula(budgets_per_head, D=8, bytes_each=4):

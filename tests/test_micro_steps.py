@@ -9,7 +9,7 @@ from torch import nn
 import branchwise as bw
 import tiny
 from branchwise.attention import use_attention
-from branchwise.cache import KVStore
+from branchwise.cache import CACHE_NAME, KVStore
 from branchwise.forward import StoredModel
 from test_diffusion import Streamer
 
@@ -165,7 +165,7 @@ def test_slots_and_positions():
     seen = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(
-            (kwargs["position_ids"].flatten().tolist(), kwargs["past_key_values"].seq_lens.tolist())
+            (kwargs["position_ids"].flatten().tolist(), kwargs[CACHE_NAME].seq_lens.tolist())
         ),
         with_kwargs=True,
     )

@@ -7,6 +7,7 @@ import transformers as tf
 
 import branchwise as bw
 import tiny
+from branchwise.cache import CACHE_NAME
 from random_drafter import RandomTrees
 from test_tree_speculation import decoder, run
 
@@ -44,9 +45,9 @@ def test_refuses_a_filled_cache_and_other_inputs():
     model = tiny.model("llama")
     ids, _ = tiny.prompts(1, 31)
     spec = decoder()
-    cache = model(ids, past_key_values=tf.DynamicCache()).past_key_values
-    with pytest.raises(ValueError, match="past_key_values must be empty"):
-        spec(model, ids, past_key_values=cache)
+    cache = model(ids, **{CACHE_NAME: tf.DynamicCache()})[CACHE_NAME]
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} must be empty"):
+        spec(model, ids, **{CACHE_NAME: cache})
     with pytest.raises(ValueError, match="it cannot pass pixel_values to the model"):
         spec(model, ids, pixel_values=torch.zeros(1))
 

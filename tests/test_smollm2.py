@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import branchwise as bw
+from branchwise.cache import CACHE_NAME
 from branchwise.demo import PROMPTS, load_smollm2, run_demo
 from branchwise.report import greedy_gaps, near_tie_bound
 
@@ -46,10 +47,10 @@ def check_singles_and_batches(texts, new_tokens, batch_size):
         for decoder in (spec, spec, bw.TreeSpeculation()):
             ours = generate(model, inputs, new_tokens, decoder)
             assert torch.equal(ours.sequences, plain.sequences)
-        fresh = model(ours.sequences[:, :-1]).past_key_values
+        fresh = model(ours.sequences[:, :-1])[CACHE_NAME]
         for layer in (0, 14, 29):
             expected = fresh.layers[layer].keys[0], fresh.layers[layer].values[0]
-            for actual, wanted in zip(ours.past_key_values.row(layer, 0), expected, strict=True):
+            for actual, wanted in zip(ours[CACHE_NAME].row(layer, 0), expected, strict=True):
                 assert (actual - wanted).abs().max() < 1e-5 * wanted.abs().max()
     for batch in prompts.ragged_batches(texts, batch_size):
         inputs = encode(tokenizer, batch)

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import branchwise as bw
 import tiny
+from branchwise.cache import CACHE_NAME
 from random_drafter import RandomTrees
 
 N = 24  # new tokens
@@ -215,10 +216,10 @@ def test_the_kv_store_equals_a_fresh_prefill(name):
     options = {"return_dict_in_generate": True, "eos_token_id": []}
     plain = run(model, ids, mask, **options).sequences
     spec = decoder([row[ids.shape[1] :].tolist() for row in plain])
-    store = run(model, ids, mask, spec, **options).past_key_values
+    store = run(model, ids, mask, spec, **options)[CACHE_NAME]
     for row in range(3):
         text = plain[row, ids.shape[1] - int(mask[row].sum()) : -1][None]  # the last token has no KV yet
-        fresh = model(text, past_key_values=tf.DynamicCache()).past_key_values
+        fresh = model(text, **{CACHE_NAME: tf.DynamicCache()})[CACHE_NAME]
         for layer in range(len(fresh.layers)):
             key, value = store.row(layer, row)
             torch.testing.assert_close(key, fresh.layers[layer].keys[0], atol=1e-5, rtol=1e-5)

@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import ops
 from .devices import Mirror
 from .pages import Allocate, PagedLayer, empty_slots, zero_slots
+
+# What models call their cache, as an argument and in their output: transformers 5.24 renamed it.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 _SLOT_STEP = 64  # capacities are multiples of this
 

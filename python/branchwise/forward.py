@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import AttentionPlan, LayerPolicy
-from .cache import KVStore
+from .cache import CACHE_NAME, KVStore
 from .devices import to_device
 from .layers import InvariantLinears
 from .tree import TokenTree
@@ -139,9 +139,9 @@ class StoredModel:
                     input_ids=tokens if embeddings is None else None,
                     inputs_embeds=embeddings,
                     position_ids=positions,
-                    past_key_values=self.store,
                     use_cache=True,
                     branchwise_plan=plan,
+                    **{CACHE_NAME: self.store},
                     **options,
                 ).logits
         finally:

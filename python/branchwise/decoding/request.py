@@ -20,10 +20,11 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from ..cache import CACHE_NAME
 from ..target import Processor
 
 # Arguments that plain decoding passes to the model and that a tree decoder supplies itself.
-_OWN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache", "cache_position"}
+_OWN_ARGUMENTS = {"attention_mask", "position_ids", CACHE_NAME, "logits_to_keep", "use_cache", "cache_position"}
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -69,9 +70,9 @@ def check_request(decoder: str, config: GenerationConfig, model_kwargs: dict[str
     for option in ("output_attentions", "output_hidden_states"):
         if getattr(config, option) and config.return_dict_in_generate:
             raise ValueError(f"{option}=True is not supported by {decoder}")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(f"past_key_values must be empty: {decoder} keeps a KV store of its own")
+        raise ValueError(f"{CACHE_NAME} must be empty: {decoder} keeps a KV store of its own")
     other = sorted(key for key, value in model_kwargs.items() if key not in _OWN_ARGUMENTS and value is not None)
     if other:
         raise ValueError(f"{decoder} takes token ids only; it cannot pass {', '.join(other)} to the model")

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..acceptance import Rule
+from ..cache import CACHE_NAME
 from ..target import Processor, Target
 from ..tree import RowTree, TokenTree
 from .monitor import Monitor
@@ -42,8 +43,8 @@ class CachedDecoder:
             decoder_input_ids=torch.tensor([list(tokens)]),
             encoder_outputs=self._encoded,
             attention_mask=self._mask,
-            past_key_values=self._cache,
             use_cache=True,
+            **{CACHE_NAME: self._cache},
         )
         self.held += len(tokens)
         self.forwards += 1

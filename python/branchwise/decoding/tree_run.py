@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..acceptance import GREEDY, Accepted, Rule
-from ..cache import KVStore
+from ..cache import CACHE_NAME, KVStore
 from ..devices import to_device, wait_for
 from ..drafters import Drafter, DraftRequest, DraftSession, Needs, Verified
 from ..forward import StoredModel
@@ -339,8 +339,8 @@ class TreeRun:
             sequences=sequences,
             scores=processed if self.config.output_scores else None,
             logits=raw if self.config.output_logits else None,
-            past_key_values=self.target.store,
             stats=self.stats,
+            **{CACHE_NAME: self.target.store},
         )
 
     def score_steps(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
