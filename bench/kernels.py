@@ -140,7 +140,7 @@ def measure(case: Case, machine: dict, repeats: int, flex: bool) -> dict:
     (Hq, Hkv, D), lengths = SHAPES[case.shape], int(setup.seq_lens.sum()) + len(setup.seq_lens) * case.T
     kv_bytes, flops = 2 * lengths * Hkv * D * setup.key.element_size(), 4 * lengths * Hq * case.T * D
     stream_gb_s = STREAM.nbytes / median(streams) / 1e9
-    rate = machine["fp32_gflop_s" if case.dtype == "float32" else "bf16_gflop_s"]
+    rate = facts.matrix_roof(machine, case.dtype)
     row = asdict(case) | {
         "ours_ms": time["ours"] * 1e3,
         "gb_s": kv_bytes / time["ours"] / 1e9,
@@ -191,7 +191,7 @@ def plot(rows: list[dict], machine: dict, path) -> None:
         mine = [row for row in rows if row["dtype"] == dtype and row["page_size"] == 0]
         if not mine:
             continue
-        rate = machine["fp32_gflop_s" if dtype == "float32" else "bf16_gflop_s"]
+        rate = facts.matrix_roof(machine, dtype)
         stream = median(row["stream_gb_s"] for row in mine)
         x = [2.0 ** (e / 8) for e in range(-8, 88)]
         axis.plot(x, [min(rate, stream * i) for i in x], "k-", label=f"roof: {stream:.0f} GB/s, {rate} GFLOP/s")
