@@ -61,10 +61,29 @@ inline void from_float(float x, F16* out) {
 
 // kLanes values of a row, as floats.
 inline f32v load_wide(const float* p) { return load(p); }
+// gcc 12 widens integers in halves, with four shuffles where one instruction does it.
+inline u32v widen(u16v v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<u32v>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<u32v>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, u32v);
+#endif
+}
+inline i32v widen(const E4m3* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<i32v>(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<i32v>(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(load_as<i8v>(p), i32v);
+#endif
+}
 inline f32v load_wide(const Bf16* p) {
-  u16v half;
-  __builtin_memcpy(&half, p, sizeof half);
-  const u32v wide = __builtin_convertvector(half, u32v) << 16;
+  const u32v wide = widen(load_as<u16v>(p)) << 16;
   f32v v;
   __builtin_memcpy(&v, &wide, sizeof v);
   return v;
@@ -84,7 +103,7 @@ inline f32v load_wide(const F16* p) {
 }
 
 inline f32v load_wide(const E4m3* p) {
-  const i32v wide = __builtin_convertvector(load_as<i8v>(p), i32v);
+  const i32v wide = widen(p);
   // As in from_e4m3. All ones become 480 here, which no other value does.
   const i32v bits = (wide << 20) & static_cast<int32_t>(0x87f00000);
   const f32v x = load_as<f32v>(&bits) * 0x1p120f;
