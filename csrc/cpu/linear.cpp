@@ -15,8 +15,6 @@
 namespace branchwise {
 namespace {
 
-constexpr int64_t kChunk = 256;  // rows of x per unit, which stay in a core's cache
-
 const LinearKernels& kernels_for(DType type) {
 #if defined(__x86_64__)
   if (type == DType::bf16 && current_isa() == Isa::amx_bf16) return amx_bf16::linear_amx_kernels;
@@ -61,7 +59,7 @@ Tensor invariant_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const LinearKernels& k = kernels_for(args.type);
   const int64_t blocks = (M + k.row_block - 1) / k.row_block;
   const int64_t columns = (N + k.column_block - 1) / k.column_block;
-  const int64_t per_unit = kChunk / k.row_block, chunks = (blocks + per_unit - 1) / per_unit;
+  const int64_t per_unit = kLinearChunk / k.row_block, chunks = (blocks + per_unit - 1) / per_unit;
   // Less work than waking the threads; so is packing a few rows.
   const bool serial = M * N * K < (1 << 18);
   float* packed = workspace_buffer.reserve(blocks * k.block_floats(args.type, K));

@@ -118,7 +118,7 @@ def faster_rows() -> range:
         return range(0)
     if not _mkl_on_amd():
         return range(4, 25)
-    return range(1, 25 if isa == "avx2" else 257)
+    return range(1, 129 if isa == "avx2" else 257)
 
 
 @cache

@@ -9,10 +9,16 @@
 namespace branchwise::BW_ISA {
 namespace {
 
+#include "cpu/kernels/linear_lanes-inl.h"
 #include "cpu/kernels/product-inl.h"
 
-constexpr int kRows = kLanes == 16 ? 4 : 2;  // at once; as many sums as a vector has lanes
-constexpr int kColumns = 16;
+// Where there are few registers, dot products serve few rows only.
+constexpr bool kRowsInLanes = kRegisters == 16;
+constexpr int64_t kFewRows = 15;
+inline bool rows_in_lanes(int64_t M) { return kRowsInLanes && M > kFewRows; }
+
+constexpr int kRows = kRowsInLanes ? kLanes : 4;  // of a block; dot products are of up to 4
+constexpr int kColumns = kRowsInLanes ? kTile : 16;
 constexpr int64_t kStretch = 32;  // vectors along K whose weights stay in the innermost cache ...
 constexpr int64_t kBlocks = 16;   // ... while so many blocks of rows pass by
 constexpr int64_t kSums = kLanes * kLanes;  // of rows and columns that are computed at once
@@ -48,6 +54,7 @@ void pack(const LinearArgs& a, int64_t block, float* packed) {
     using Product = typename ProductOf<T>::type;
     constexpr int64_t kStep = kLanes * Product::kPack;
     float* to = packed + block * block_floats(a.type, a.K);
+    if (rows_in_lanes(a.M)) return pack_lanes<T>(a, block, to);
     const int64_t end = (block + 1) * kRows < a.M ? (block + 1) * kRows : a.M;
     for (int64_t m = block * kRows; m < end; ++m) {
       const T* from = static_cast<const T*>(a.x) + m * a.K;
@@ -64,15 +71,15 @@ struct Part {
   int64_t k, end, turn, turns;
 };
 
-// R rows from `m` on and kLanes / R columns from `n` on, of which N has the first `count`.
-// `partial` keeps sums that are not yet complete.
-template <int R, typename T>
+// R rows from `m` on and C columns from `n` on, of which N has the first `count`. `partial` keeps
+// sums that are not yet complete.
+template <int R, int C, typename T>
 void product(const LinearArgs& a, const float* packed, int64_t m, int64_t n, int64_t count,
              const Part& part, float* partial) {
   using Product = typename ProductOf<T>::type;
   using Vec = typename Product::Vec;
-  constexpr int C = kLanes / R;
   constexpr int64_t kStep = kLanes * Product::kPack;
+  constexpr int64_t kLine = kStep * sizeof(T) < 64 ? 64 / sizeof(T) : kStep;
   const int64_t row_floats = steps<Product>(a.K) * kLanes;
   const T *weight[C], *asked[C];
 #pragma GCC unroll 16
@@ -94,13 +101,19 @@ void product(const LinearArgs& a, const float* packed, int64_t m, int64_t n, int
     for (int r = 0; r < R; ++r) x[r] = load_as<Vec>(packed + r * row_floats + k / Product::kPack);
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      __builtin_prefetch(asked[c] + k, 0, 2);
       const Vec w = load_weight(weight[c] + k);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sums[r * C + c] = Product::multiply_add(x[r], w, sums[r * C + c]);
     }
   };
-  for (; k + kStep <= end; k += kStep) add(k, [](const T* p) { return Product::row(p); });
+  const auto whole = [](const T* p) { return Product::row(p); };
+  for (; k + kLine <= end; k += kLine) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) __builtin_prefetch(asked[c] + k, 0, 2);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kLine; i += kStep) add(k + i, whole);
+  }
+  for (; k + kStep <= end; k += kStep) add(k, whole);
   if (end < a.K) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) store(partial + i * kLanes, sums[i]);
@@ -116,6 +129,40 @@ void product(const LinearArgs& a, const float* packed, int64_t m, int64_t n, int
     store_narrow(static_cast<T*>(a.out) + (m + r) * a.N + n, load(all + r * C) + bias, count);
 }
 
+// Few rows: all of them pass by two columns at a time, or by more if there are one or two.
+template <typename T>
+void run_few(const LinearArgs& a, const float* packed, int64_t row_floats, int64_t n_begin,
+             int64_t n_end, float* scratch) {
+  constexpr int64_t kStretch = 64 * kLanes * ProductOf<T>::type::kPack;
+  const int64_t groups = (a.M + 3) / 4, stretch = groups > 1 ? kStretch : a.K;
+  for (int64_t k = 0; k < a.K; k += stretch) {
+    float* partial = scratch;
+    const int64_t end = k + stretch < a.K ? k + stretch : a.K;
+    const auto columns = [&](auto count, auto with_rows) {
+      constexpr int C = decltype(count)::value;
+      for (int64_t n = n_begin; n < n_end; n += C) {
+        for (int64_t g = 0; g < groups; ++g, partial += kSums) {
+          const int64_t m = a.M * g / groups;
+          with_rows(a.M * (g + 1) / groups - m, [&](auto rows) {
+            product<decltype(rows)::value, C, T>(a, packed + m * row_floats, m, n,
+                                                 n_end - n < C ? n_end - n : int64_t{C},
+                                                 {k, end, g, groups}, partial);
+          });
+        }
+      }
+    };
+    if (a.M == 1) {
+      columns(Int<kLanes>{}, [](int64_t, auto f) { f(Int<1>{}); });
+    } else if (a.M == 2) {
+      columns(Int<kLanes / 2>{}, [](int64_t, auto f) { f(Int<2>{}); });
+    } else {
+      columns(Int<kLanes / 4>{}, [](int64_t rows, auto f) {
+        rows == 4 ? f(Int<4>{}) : rows == 3 ? f(Int<3>{}) : f(Int<2>{});
+      });
+    }
+  }
+}
+
 void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, int64_t column,
          float* scratch) {
   by_type(a.type, [&](auto type) {
@@ -124,12 +171,16 @@ void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, 
     const int64_t floats = block_floats(a.type, a.K), row_floats = floats / kRows;
     const int64_t n_begin = column * kColumns;
     const int64_t n_end = n_begin + kColumns < a.N ? n_begin + kColumns : a.N;
+    if constexpr (kRowsInLanes) {
+      if (a.M > kFewRows) return run_lanes<T>(a, packed, floats, first, last, column, scratch);
+      return run_few<T>(a, packed, row_floats, n_begin, n_end, scratch);
+    }
     // R rows, the r-th of a block and the next ones; returns where other rows may keep their sums.
     const auto rows = [&](auto count, int64_t block, int64_t r, const Part& part, float* partial) {
       constexpr int R = decltype(count)::value, C = kLanes / R;
       for (int64_t n = n_begin; n < n_end; n += C, partial += kSums)
-        product<R, T>(a, packed + block * floats + r * row_floats, block * kRows + r, n,
-                      n_end - n < C ? n_end - n : int64_t{C}, part, partial);
+        product<R, C, T>(a, packed + block * floats + r * row_floats, block * kRows + r, n,
+                         n_end - n < C ? n_end - n : int64_t{C}, part, partial);
       return partial;
     };
     for (; first < last; first += kBlocks) {
@@ -156,7 +207,12 @@ void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, 
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {kRows,        kColumns, kBlocks * kRows * kColumns * kLanes,
-                                      block_floats, pack,     run};
+const LinearKernels linear_kernels = {
+    kRows,
+    kColumns,
+    kRowsInLanes ? lanes_scratch(kLinearChunk / kRows) : kBlocks * kRows * kColumns * kLanes,
+    block_floats,
+    pack,
+    run};
 
 }  // namespace branchwise::BW_ISA

@@ -15,6 +15,8 @@ struct LinearArgs {
   int64_t weight_stride;  // elements from row to row
 };
 
+constexpr int64_t kLinearChunk = 256;  // most rows of x in a run, which stay in a core's cache
+
 // Each sum is formed in an order that depends on K alone, so a row's bits are those it has among
 // any other rows.
 struct LinearKernels {
