@@ -22,6 +22,12 @@ constexpr int kSlots = few_slots(R);
 // Beside every load the same place of the next tile is asked for: the memory's bandwidth is the
 // limit here, and the hardware looks neither past the arithmetic of a tile nor past a page.
 
+// Whether value d of a row is the first of a cache line, if the row begins with one.
+template <typename T>
+inline bool begins_line(int64_t d) {
+  return d % static_cast<int64_t>(64 / sizeof(T)) == 0;
+}
+
 // Scores of S slots. The query is packed as [D / chunk][R] vectors.
 template <typename M, int R, typename T, typename P>
 [[gnu::always_inline]] inline f32v score_slots(const T* const* keys, P& ahead, const float* query,
@@ -42,7 +48,7 @@ template <typename M, int R, typename T, typename P>
 #pragma GCC unroll 16
     for (int s = 0; s < S; ++s) {
       key[s] = M::row(keys[s] + d);
-      ahead.step();
+      if (begins_line<T>(d)) ahead.step();
     }
     add(query);
   }
@@ -86,7 +92,7 @@ inline void add_block(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const
         for (int c = 0; c < NC; ++c) {
           const int64_t at = d + c * kLanes * kPack;
           M::columns(tile.values() + begin + s, at, x + c * kPack);
-          if (c * kLanes * kPack * sizeof(T) % 64 == 0)  // once per line
+          if (begins_line<T>(at))
             for (int i = 0; i < kPack; ++i) local.step();
         }
       } else {

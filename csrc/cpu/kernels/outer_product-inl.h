@@ -29,7 +29,7 @@ struct Lines {
 };
 
 // sum[b][v] += sum over i of the element at elements(i)(b), broadcast, times vector v of panel row
-// i. `ahead` steps once per 16 / NB steps: it is done when the tile is.
+// i. `ahead` steps once per line of elements in memory: it is done when the tile is.
 template <typename M, int NV, int NB, typename P, typename F>
 inline void multiply(const float* panel, int64_t steps, const F& elements, f32v (&sum)[NB][NV],
                      P& ahead) {
@@ -46,13 +46,14 @@ inline void multiply(const float* panel, int64_t steps, const F& elements, f32v 
       for (int v = 0; v < NV; ++v) sum[b][v] = M::multiply_add(y, x[v], sum[b][v]);
     }
   };
-  constexpr int kRun = 16 / NB;
+  constexpr int kLine = P::kValues / M::kPack, kRun = kLine > NB ? kLine / NB : 1;
   P local = ahead;  // in registers
+  const int64_t whole = steps - steps % kRun;
   int64_t i = 0;
-  for (; i + kRun <= steps; i += kRun) {
+  while (i < whole) {
     local.step();
-#pragma GCC unroll 2
-    for (int j = 0; j < kRun; ++j) step(i + j);
+#pragma GCC unroll 4
+    for (int j = 0; j < kRun; ++j) step(i++);
   }
   for (; i < steps; ++i) step(i);
   ahead = local;

@@ -142,6 +142,7 @@ inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64
 template <typename T>
 class Prefetcher {
  public:
+  static constexpr int kValues = 64 / sizeof(T);  // of a line
   Prefetcher(const T* const* rows, int64_t count, int64_t D)
       : row_(rows), last_(rows + count), bytes_(D * static_cast<int64_t>(sizeof(T))) {
     next_row();
