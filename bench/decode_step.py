@@ -9,7 +9,7 @@ take most of the CPU time (torch.profiler, self time, all threads of an operator
 
 Artefacts: the profiler adds microseconds per operator, so that its total exceeds the step that was timed without it.
 
-Reference result: see docs/kernels.md.
+Reference result: see docs/kernels-figures.md.
 """
 
 from __future__ import annotations

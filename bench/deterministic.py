@@ -12,7 +12,7 @@ decoding's, both of one form.
 
 Artefacts: texts end where the model ends them, so the two forms may decode texts of different lengths.
 
-Reference result: see docs/kernels.md.
+Reference result: see docs/kernels-figures.md.
 """
 
 from __future__ import annotations

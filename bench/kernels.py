@@ -17,7 +17,7 @@ Artefacts: keys and values lie in large pages, as in a KVStore, for all opponent
 cache between rounds pass 100 %. The matmul rates are torch's own and can be passed too. Bandwidth on shared machines
 moves by a factor of two within minutes: compare within a line.
 
-Reference result: see the table in docs/kernels.md, and bench/results.
+Reference result: see the table in docs/kernels-figures.md, and bench/results.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ ours. torch's rows have bits that depend on their number, ours do not.
 Artefacts: weights partly stay in a large last-level cache between rounds. Bandwidth on shared machines moves within
 minutes: compare within a line.
 
-Reference results: docs/kernels.md, and bench/results/linear-*.json.
+Reference results: docs/kernels-figures.md, and bench/results/linear-*.json.
 """
 
 from __future__ import annotations

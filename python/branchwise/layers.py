@@ -112,7 +112,7 @@ class InvariantLinears:
 
 def faster_rows() -> range:
     """For how many rows in fp32 ``invariant_linear`` is faster than torch's linear layers on this CPU, by measurements
-    (docs/kernels.md). On AMD's these are slow for few rows, and without AVX2 ours for more than a few."""
+    (docs/kernels-figures.md). On AMD's torch's are slow for few rows, and without AVX2 ours for more than a few."""
     isa, _ = ops.cpu_isa()
     if isa == "baseline":
         return range(0)
