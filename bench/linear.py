@@ -3,8 +3,8 @@
 Method: the seven matrices of a decoder layer, in as many copies as make 256 MB, so that weights come from memory as
 they do while decoding; M rows go through all of them. Contestants take turns within a round: torch.nn.functional.linear
 as models call it; with weights packed beforehand by oneDNN for so many rows, as torch.compile's freezing has them
-("packed": a second copy of the weights, fp32, and bf16 where oneDNN has it); and ours. The memory's bandwidth is that of a sum over 256 MB
-after every round. Medians of the rounds' ratios.
+("packed": a second copy of the weights, fp32, and bf16 where oneDNN has it); and ours. The memory's bandwidth is that
+of a sum over 256 MB after every round. Medians of the rounds' ratios.
 
 How to read: "x torch" and "x packed" are their time over ours; "stream" is the time of reading the weights once, over
 ours. torch's rows have bits that depend on their number, ours do not.
