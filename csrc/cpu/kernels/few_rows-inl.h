@@ -19,8 +19,9 @@ constexpr int few_slots(int64_t rows) {
 template <int R>
 constexpr int kSlots = few_slots(R);
 
-// Beside every load the same place of the next tile is asked for: the memory's bandwidth is the
-// limit here, and the hardware looks neither past the arithmetic of a tile nor past a page.
+// Beside every line the same one of the next tile is asked for: the memory's bandwidth is the limit
+// here, and the hardware looks neither past the arithmetic of a tile nor past a page. Once per line
+// and not per vector: narrow vectors would ask for all of it in a burst.
 
 // Whether value d of a row is the first of a cache line, if the row begins with one.
 template <typename T>

@@ -140,10 +140,10 @@ void store_results(const LinearArgs& a, const float* results, int64_t row, int64
   }
 }
 
-constexpr int64_t kBlockInRegisters = kLanes * kTile * kLanes;  // floats
+constexpr int64_t kBlockSums = kLanes * kTile * kLanes;  // floats
 constexpr int64_t kResults = 2 * kLanes * kResultStride;
 constexpr int64_t lanes_scratch(int64_t blocks) {
-  return kTile * kTileStride + kResults + blocks * kBlockInRegisters;
+  return kTile * kTileStride + kResults + blocks * kBlockSums;
 }
 
 // The columns of a tile for the rows of blocks first to last - 1.
@@ -169,7 +169,7 @@ void run_lanes(const LinearArgs& a, const float* packed, int64_t block_floats, i
     RowsAhead<T> ahead(weight + count * a.weight_stride, a.weight_stride, asked, k, end, calls);
     for (int64_t block = first; block < last; block += 2) {
       const float* x[2] = {packed + block * block_floats + k * kLanes};
-      float* to = all.count > 1 ? sums + (block - first) * kBlockInRegisters : sums;
+      float* to = all.count > 1 ? sums + (block - first) * kBlockSums : sums;
       const bool two = block + 1 < last;
       if (two) x[1] = x[0] + block_floats;
       const auto add = [&](auto blocks) {
