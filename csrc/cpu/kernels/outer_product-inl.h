@@ -48,14 +48,14 @@ inline void multiply(const float* panel, int64_t steps, const F& elements, f32v 
   };
   constexpr int kLine = P::kValues / M::kPack, kRun = kLine > NB ? kLine / NB : 1;
   P local = ahead;  // in registers
-  const int64_t whole = steps - steps % kRun;
   int64_t i = 0;
-  while (i < whole) {
+  for (; i + kRun <= steps; i += kRun) {
     local.step();
-#pragma GCC unroll 4
-    for (int j = 0; j < kRun; ++j) step(i++);
+#pragma GCC unroll 2
+    for (int j = 0; j < kRun; ++j) step(i + j);
   }
-  for (; i < steps; ++i) step(i);
+  if (steps % kRun != 0)  // where steps are known, gcc 12 warns of a loop that never runs
+    for (; i < steps; ++i) step(i);
   ahead = local;
 }
 
