@@ -133,8 +133,7 @@ void product(const LinearArgs& a, const float* packed, int64_t m, int64_t n, int
 template <typename T>
 void run_few(const LinearArgs& a, const float* packed, int64_t row_floats, int64_t n_begin,
              int64_t n_end, float* scratch) {
-  constexpr int64_t kStretch = 64 * kLanes * ProductOf<T>::type::kPack;
-  const int64_t groups = (a.M + 3) / 4, stretch = groups > 1 ? kStretch : a.K;
+  const int64_t groups = (a.M + 3) / 4, stretch = groups > 1 ? 2 * kStretch * kLanes : a.K;
   for (int64_t k = 0; k < a.K; k += stretch) {
     float* partial = scratch;
     const int64_t end = k + stretch < a.K ? k + stretch : a.K;
@@ -172,7 +171,7 @@ void run(const LinearArgs& a, const float* packed, int64_t first, int64_t last, 
     const int64_t n_begin = column * kColumns;
     const int64_t n_end = n_begin + kColumns < a.N ? n_begin + kColumns : a.N;
     if constexpr (kRowsInLanes) {
-      if (a.M > kFewRows) return run_lanes<T>(a, packed, floats, first, last, column, scratch);
+      if (rows_in_lanes(a.M)) return run_lanes<T>(a, packed, floats, first, last, column, scratch);
       return run_few<T>(a, packed, row_floats, n_begin, n_end, scratch);
     }
     // R rows, the r-th of a block and the next ones; returns where other rows may keep their sums.
