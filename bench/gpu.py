@@ -12,7 +12,8 @@ Opponents: SDPA's flash kernel without a mask, which computes the same for T = 1
 T > 1 (a bound); SDPA with the boolean mask, by its efficient or cuDNN kernel; FlexAttention with the tree as a block
 mask, compiled; FlashInfer's batch decode where it is installed. Those that cannot run a case are left out of it.
 
-Caches in e4m3 are timed against our own kernel on bf16 caches, "bf16".
+Caches in e4m3 are timed against our own kernel on bf16 caches, "bf16". "path" is path_attention, whose bits the tree
+does not change; linear layers whose bits the batch does not change are timed against torch's (gpu_linear.py).
 
 How to read: "roof" is the share of the roofline that ours reaches, the larger of KV bytes over the copy bandwidth and
 flops over the matmul rate; "x NAME" that opponent's time over ours; "tree cost" the time with ancestor bits over that
@@ -222,6 +223,9 @@ def opponents(inputs: Inputs) -> dict[str, Callable[[int], Any]]:
             query, *eight[i % inputs.sets], inputs.seq_lens, inputs.mask, key_scale=ones, value_scale=ones
         )
         return calls
+    calls["path"] = lambda i: ops.path_attention(
+        query, *cache(i), inputs.seq_lens, inputs.mask, page_table=inputs.table
+    )
     if case.T > 1:
         calls["causal"] = lambda i: ops.tree_attention(query, *cache(i), inputs.seq_lens, page_table=inputs.table)
     if inputs.table is not None:
@@ -299,7 +303,7 @@ def attention_row(case: Case, repeats: int) -> dict[str, Any]:
         try:
             runs[name] = captured(call)
         except Exception as error:  # only an opponent may fail
-            if name in ("ours", "causal"):
+            if name in ("ours", "causal", "path"):
                 raise
             skipped[name] = str(error).splitlines()[0][:120]
     ms = interleaved(runs, repeats)
@@ -390,6 +394,9 @@ def main() -> None:
         torch.cuda.empty_cache()
     record["attention"] = rows
     record["verify"] = verify_rows(args.repeats)
+    from gpu_linear import linear_rows
+
+    record["linear"] = linear_rows(args.repeats)
     if args.layers > 0:
         from gpu_decode import decode_rows
 

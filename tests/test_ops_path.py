@@ -8,7 +8,8 @@ import torch
 import attention_cases
 from attention_cases import CASES, Case
 from branchwise import ops
-from branchwise.ops.attention import gather_row, tree_attention_reference, unpack_mask
+from branchwise.ops.attention import tree_attention_reference
+from path_cases import CHAIN, TREES, same_as_committed, scattered
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -29,50 +30,6 @@ def test_matches_definition(case, dtype, isa):
     floor = (exact.to(dtype).double() - exact).abs().max().item()
     assert error(out, exact) <= 2 * error(plain, exact) + floor + 1e-6
     assert error(lse, exact_lse) <= 2e-6 * max(10.0, exact_lse.abs().max().item())
-
-
-# Prefixes around the borders of tiles (64 slots) and stretches (256), and paths that cross them.
-TREES = [
-    Case(T=12, Hq=9, Hkv=3, prefix=0, B=2),
-    Case(T=20, Hq=4, Hkv=1, prefix=60, B=3),
-    Case(T=9, Hq=8, Hkv=2, D=128, prefix=64),
-    Case(T=24, Hq=2, Hkv=2, D=36, prefix=255, B=2, page_size=16),
-    Case(T=70, Hq=9, Hkv=3, prefix=256, B=2),
-    Case(T=33, Hq=4, Hkv=2, prefix=700, window=40, sinks=True),
-    Case(T=18, Hq=4, Hkv=2, prefix=600, window=500, softcap=5.0, scale=-0.3, page_size=7, B=2),
-    Case(T=5, Hq=71, Hkv=1, D=33, prefix=300),
-    Case(T=16, before=9, Hq=6, Hkv=2, prefix=250, B=2),
-    Case(T=12, Hq=4, Hkv=2, prefix=1530, B=2),
-    Case(T=12, Hq=4, Hkv=2, prefix=2040, window=900),
-]
-CHAIN = Case(T=300, Hq=4, Hkv=2, prefix=450, tree=False, B=2)
-
-
-def committed(inputs, b, node):
-    """The call in which ``node`` of row b is the only new token, behind a cache that holds its ancestors in order."""
-    query, key, value, seq_lens, mask = inputs.args
-    N = query.shape[2] if mask is None else mask.shape[1]
-    P, first = int(seq_lens[b]), N - query.shape[2]
-    path = torch.arange(node + 1) if mask is None else unpack_mask(mask[b], N)[node].nonzero()[:, 0]
-    table = inputs.options["page_table"]
-    rows = [gather_row(cache, b, P + N, table) for cache in (key, value)]
-    rows = [torch.cat([row[:, :P], row[:, P + path]], 1)[None] for row in rows]
-    lens = torch.tensor([P + len(path) - 1], dtype=torch.int32)
-    return (query[b : b + 1, :, node - first : node - first + 1], *rows, lens), {**inputs.options, "page_table": None}
-
-
-def same_as_committed(op, inputs, nodes=None):
-    query, mask = inputs.args[0], inputs.args[4]
-    B, _, T, _ = query.shape
-    before = 0 if mask is None else mask.shape[1] - T
-    out, lse = op(*inputs.args, **inputs.options)
-    same = True
-    for b in range(B):
-        for t in nodes or range(T):
-            args, options = committed(inputs, b, before + t)
-            alone, alone_lse = op(*args, **options)
-            same &= torch.equal(alone[0, :, 0], out[b, :, t]) and torch.equal(alone_lse[0, :, 0], lse[b, :, t])
-    return same
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -110,10 +67,7 @@ def test_bit_equal_for_any_thread_count(case, dtype, threads):
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_nodes_may_see_any_earlier_ones(dtype, isa):
     """Paths that share some nodes but not their starts, as those of lookahead's window do: nothing is taken over."""
-    inputs = attention_cases.make(Case(T=90, B=2, Hq=6, Hkv=2, prefix=200), dtype)
-    g = torch.Generator().manual_seed(3)
-    sees = (torch.rand(2, 90, 90, generator=g) < 0.3).tril() | torch.eye(90, dtype=torch.bool)
-    inputs.args = (*inputs.args[:4], attention_cases.pack_mask(sees))
+    inputs = scattered(dtype)
     exact, _ = tree_attention_reference(*inputs.args, **inputs.options)
     out, _ = ops.path_attention(*inputs.args, **inputs.options)
     assert error(out, exact) <= {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]

@@ -50,6 +50,15 @@ BW_INLINE Places dense_places(int32_t length, int64_t window) {
   return p;
 }
 
+// One node's own text: the prefix, then the nodes of its path, whose slots are listed.
+BW_INLINE Places path_places(int32_t length, const int32_t* slots, int32_t count, int64_t window) {
+  Places p = dense_places(length, window);
+  p.units = slots;
+  p.listed = count;
+  p.prefix += count;
+  return p;
+}
+
 // What the tokens of a row see through one KV head: a list, two ranges, or both; null: none.
 // lower_bound(list, count, x): how many of the ascending list are below x.
 template <typename LowerBound>

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <optional>
-#include <vector>
 
+#include "common/linear_call.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/linear_kernel.h"
@@ -25,36 +25,12 @@ const LinearKernels& kernels_for(DType type) {
 }  // namespace
 
 Tensor invariant_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  const char* op = "invariant_linear";
-  BW_CHECK(x.dim() >= 1, op, ": x must have shape [..., K], got a scalar");
-  check_float_dtype(op, "x", x);
-  check_dim(op, "weight", weight, 2, "[N, K]");
-  const int64_t K = x.size(x.dim() - 1), N = weight.size(0);
-  check_size(op, "weight", weight, 1, K, "x.size(-1)");
-  check_dtype(op, "weight", weight, x.scalar_type());
-  BW_CHECK(K > 0, op, ": x.size(-1) must be at least 1, got shape ", shape_of(x));
-  check_last_contiguous(op, "weight", weight);
-  if (bias) {
-    check_dim(op, "bias", *bias, 1, "[N]");
-    check_size(op, "bias", *bias, 0, N, "weight.size(0)");
-    check_dtype(op, "bias", *bias, x.scalar_type());
-    check_contiguous(op, "bias", *bias);
-  }
+  LinearArgs args = check_linear(x, weight, bias);
   const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < x.dim(); ++d) shape.push_back(x.size(d));
-  shape.back() = N;
-  Tensor out = empty_of(shape, x.scalar_type());
-  const int64_t M = x.numel() / K;
-  const LinearArgs args{dtype_of(x.scalar_type()),
-                        rows.const_data_ptr(),
-                        weight.const_data_ptr(),
-                        bias ? bias->const_data_ptr() : nullptr,
-                        out.mutable_data_ptr(),
-                        M,
-                        N,
-                        K,
-                        weight.stride(0)};
+  Tensor out = empty_of(linear_shape(x, args.N), x.scalar_type());
+  args.x = rows.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  const int64_t M = args.M, N = args.N, K = args.K;
   if (M == 0 || N == 0) return out;
   const LinearKernels& k = kernels_for(args.type);
   const int64_t blocks = (M + k.row_block - 1) / k.row_block;

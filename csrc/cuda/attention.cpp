@@ -24,23 +24,29 @@ bool on_16_bytes(const Tensor& t) {
   return aligned && t.size(t.dim() - 1) % piece == 0;
 }
 
-// launch: but for what is common to both ops.
-std::tuple<Tensor, Tensor> run(const char* op, cuda::AttentionLaunch launch,
-                               const AttentionCall& call, const AttentionInputs& in,
-                               const OnDevice& device, int64_t most_prefix) {
-  AttentionArgs& a = launch.args = call.args;
-  Tensor out = torch::stable::new_empty(in.query, {call.B, a.Hq, a.T, a.D});
-  Tensor lse = torch::stable::new_empty(in.query, {call.B, a.Hq, a.T}, ScalarType::Float);
-  if (call.empty()) return {out, lse};
+// out and lse, which the call then names.
+std::tuple<Tensor, Tensor> results_of(const char* op, AttentionCall& call, const Tensor& query) {
+  AttentionArgs& a = call.args;
   BW_CHECK(call.B <= 65535, op, ": at most 65535 rows, got ", call.B);
+  Tensor out = torch::stable::new_empty(query, {call.B, a.Hq, a.T, a.D});
+  Tensor lse = torch::stable::new_empty(query, {call.B, a.Hq, a.T}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  return {out, lse};
+}
+
+// Sets what is common to all launches, and plans one.
+cuda::AttentionPlan lay_out(const char* op, cuda::AttentionLaunch& launch,
+                            const AttentionCall& call, const AttentionInputs& in,
+                            int64_t most_prefix, int64_t by_stretch = 0) {
+  const AttentionArgs& a = launch.args = call.args;
   launch.seq_lens = call.lens.data;
   launch.lens_row_stride = call.lens.row_stride;
   launch.lens_head_stride = call.lens.head_stride;
   launch.B = call.B;
   launch.capacity = call.shape.capacity;
   launch.pages = call.shape.pages;
+  launch.by_stretch = by_stretch > 0;
 
   cuda::AttentionShape shape{};
   shape.Hkv = a.Hkv;
@@ -53,20 +59,39 @@ std::tuple<Tensor, Tensor> run(const char* op, cuda::AttentionLaunch launch,
                   on_16_bytes(in.value_cache);
   shape.eight_bits = in.key_scale.has_value();
   if (shape.eight_bits && a.type != DType::bf16) shape.aligned = false;
+  shape.by_stretch = by_stretch;
   const cuda::AttentionPlan plan = cuda::plan_attention(shape);
   launch.rows = plan.rows;
   launch.blocks = plan.blocks;
   launch.splits = plan.splits;
   launch.most_splits = plan.most_splits;
   launch.unit_floats = plan.unit_floats;
-  const int64_t units = call.B * a.Hkv * plan.blocks * plan.splits;
-  BW_CHECK(units / call.B < (int64_t{1} << 31), op, ": too many query rows, got shape ",
-           shape_of(in.query));
-  Tensor workspace = torch::stable::new_empty(
-      in.query, {plan.splits > 1 ? units * plan.unit_floats : 0}, ScalarType::Float);
+  BW_CHECK(a.Hkv * plan.blocks * plan.splits < (int64_t{1} << 31), op,
+           ": too many query rows, got shape ", shape_of(in.query));
+  return plan;
+}
+
+Tensor workspace_of(const AttentionInputs& in, int64_t floats, cuda::AttentionLaunch& launch) {
+  Tensor workspace = torch::stable::new_empty(in.query, {floats}, ScalarType::Float);
   launch.partial = static_cast<float*>(workspace.mutable_data_ptr());
+  return workspace;
+}
+
+// launch: but for what is common to all ops.
+std::tuple<Tensor, Tensor> run(const char* op, cuda::AttentionLaunch launch, AttentionCall& call,
+                               const AttentionInputs& in, const OnDevice& device,
+                               int64_t most_prefix) {
+  const auto results = results_of(op, call, in.query);
+  if (call.empty()) return results;
+  const cuda::AttentionPlan plan = lay_out(op, launch, call, in, most_prefix);
+  const int64_t units = plan.splits > 1 ? call.B * call.args.Hkv * plan.blocks * plan.splits : 0;
+  const Tensor workspace = workspace_of(in, units * plan.unit_floats, launch);
   check_launch(op, cuda::attend(launch, plan, device.stream()));
-  return {out, lse};
+  return results;
+}
+
+int32_t window_of(int64_t window) {
+  return static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX));
 }
 
 }  // namespace
@@ -90,10 +115,10 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor key_cache, T
                          {"value_scale", if_given(value_scale)}});
   const AttentionInputs in{query, key_cache, value_cache, seq_lens,   tree_mask, page_table,
                            scale, sinks,     softcap,     window > 0, key_scale, value_scale};
-  const AttentionCall call = check_attention(op, in);
+  AttentionCall call = check_attention(op, in);
   check_window(op, call, window);
   cuda::AttentionLaunch launch{};
-  launch.window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX));
+  launch.window = window_of(window);
   return run(op, launch, call, in, device, call.shape.capacity);
 }
 
@@ -115,10 +140,98 @@ std::tuple<Tensor, Tensor> cascade_attention_cuda(Tensor query, Tensor key_cache
                          {"sinks", if_given(sinks)}});
   const AttentionInputs in{query,      key_cache, value_cache, seq_lens, tree_mask,
                            page_table, scale,     sinks,       softcap,  window > 0};
-  const AttentionCall call = check_cascade(op, in, window);
+  AttentionCall call = check_cascade(op, in, window);
   cuda::AttentionLaunch launch{};
-  launch.window = static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX));
+  launch.window = window_of(window);
   return run(op, launch, call, in, device, call.shape.capacity);
+}
+
+// Partial results of all rows can be large; then there are several launches.
+constexpr int64_t kMostPartialFloats = 1 << 26;
+
+std::tuple<Tensor, Tensor> path_attention_cuda(Tensor query, Tensor key_cache, Tensor value_cache,
+                                               Tensor seq_lens, std::optional<Tensor> tree_mask,
+                                               std::optional<Tensor> page_table,
+                                               std::optional<double> scale, int64_t window,
+                                               std::optional<Tensor> sinks, double softcap) {
+  const char* op = "path_attention";
+  const OnDevice device(op, query,
+                        {{"key_cache", &key_cache},
+                         {"value_cache", &value_cache},
+                         {"seq_lens", &seq_lens},
+                         {"tree_mask", if_given(tree_mask)},
+                         {"page_table", if_given(page_table)},
+                         {"sinks", if_given(sinks)}});
+  const AttentionInputs in{query,      key_cache, value_cache, seq_lens, tree_mask,
+                           page_table, scale,     sinks,       softcap,  window > 0};
+  AttentionCall call = check_attention(op, in);
+  check_window(op, call, window);
+  const auto results = results_of(op, call, query);
+  if (call.empty()) return results;
+  const AttentionArgs& a = call.args;
+  cuda::AttentionLaunch dense{};
+  dense.window = window_of(window);
+  // A window reaches over so many places, and further for each of a causal block's tokens.
+  const int64_t seen = window > 0 ? dense.window : call.shape.capacity;
+  const int64_t together = tree_mask ? 0 : std::min<int64_t>(a.T, 64);
+  const cuda::AttentionPlan plan =
+      lay_out(op, dense, call, in, call.shape.capacity, cuda::most_stretches(seen + together));
+  const int64_t block_floats = a.Hkv * plan.splits * plan.unit_floats;
+  if (!tree_mask) {
+    const int64_t blocks = std::clamp<int64_t>(kMostPartialFloats / block_floats, 1, plan.blocks);
+    const int64_t rows =
+        std::clamp<int64_t>(kMostPartialFloats / (block_floats * plan.blocks), 1, call.B);
+    const Tensor workspace = workspace_of(in, rows * blocks * block_floats, dense);
+    for (int64_t b = 0; b < call.B; b += rows)
+      for (int64_t block = 0; block < plan.blocks; block += blocks) {
+        dense.first_batch = b;
+        dense.B = std::min(rows, call.B - b);
+        dense.first_block = block;
+        dense.blocks = std::min(blocks, plan.blocks - block);
+        check_launch(op, cuda::attend(dense, plan, device.stream()));
+      }
+    return results;
+  }
+  cuda::AttentionLaunch own{};
+  own.window = dense.window;
+  own.places_from = cuda::PlacesFrom::paths;
+  Lists& lists = own.lists;
+  lists.tokens = a.T;
+  lists.heads = call.lens.head_stride == 0 ? 1 : a.Hkv;
+  lists.width = a.N;
+  const int64_t all = call.B * lists.tokens * lists.heads;
+  BW_CHECK(all < (int64_t{1} << 31), op, ": too many query rows, got shape ", shape_of(query));
+  Tensor slots = torch::stable::new_empty(seq_lens, {all, a.N});
+  Tensor counts = torch::stable::new_empty(seq_lens, {all});
+  const cuda::PathsLaunch paths{a.tree_mask,
+                                call.lens.data,
+                                call.lens.row_stride,
+                                call.lens.head_stride,
+                                call.B,
+                                a.T,
+                                lists.heads,
+                                a.N,
+                                a.W,
+                                call.shape.capacity,
+                                static_cast<int32_t*>(slots.mutable_data_ptr()),
+                                static_cast<int32_t*>(counts.mutable_data_ptr())};
+  check_launch(op, cuda::list_paths(paths, device.stream()));
+  lists.indices = paths.slots;
+  lists.counts = paths.counts;
+  const cuda::AttentionPlan own_plan =
+      lay_out(op, own, call, in, call.shape.capacity, cuda::most_stretches(a.N));
+  const int64_t shared_floats = plan.blocks * block_floats;
+  const int64_t own_floats = a.Hkv * own_plan.blocks * own_plan.splits * own_plan.unit_floats;
+  const int64_t rows =
+      std::clamp<int64_t>(kMostPartialFloats / (shared_floats + own_floats), 1, call.B);
+  const Tensor workspace = workspace_of(in, rows * shared_floats, dense);
+  const Tensor own_workspace = workspace_of(in, rows * own_floats, own);
+  for (int64_t b = 0; b < call.B; b += rows) {
+    dense.first_batch = own.first_batch = b;
+    dense.B = own.B = std::min(rows, call.B - b);
+    check_launch(op, cuda::attend_paths(dense, plan, own, own_plan, device.stream()));
+  }
+  return results;
 }
 
 std::tuple<Tensor, Tensor> sparse_attention_cuda(
@@ -146,9 +259,9 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(
   const AttentionInputs in{query,      key_cache,  value_cache, seq_lens, tree_mask,
                            page_table, scale,      sinks,       softcap,  recent_sizes.has_value(),
                            key_scale,  value_scale};
-  const AttentionCall call = check_attention(op, in);
+  AttentionCall call = check_attention(op, in);
   cuda::AttentionLaunch launch{};
-  launch.sparse = true;
+  launch.places_from = cuda::PlacesFrom::lists;
   launch.ranges = check_ranges(op, call, sink_sizes, recent_sizes);
   launch.lists =
       check_list_shapes(op, call, indices, counts, unit, segment_offsets, sink_sizes.has_value());
@@ -199,6 +312,7 @@ std::tuple<Tensor, Tensor> merge_attention_cuda(Tensor out_a, Tensor lse_a, Tens
 BW_CUDA_LIBRARY(m) {
   m.impl("tree_attention", TORCH_BOX(&branchwise::tree_attention_cuda));
   m.impl("cascade_attention", TORCH_BOX(&branchwise::cascade_attention_cuda));
+  m.impl("path_attention", TORCH_BOX(&branchwise::path_attention_cuda));
   m.impl("sparse_attention", TORCH_BOX(&branchwise::sparse_attention_cuda));
   m.impl("merge_attention", TORCH_BOX(&branchwise::merge_attention_cuda));
 }

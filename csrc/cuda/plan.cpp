@@ -28,10 +28,14 @@ AttentionPlan plan_attention(const AttentionShape& shape) {
     // Few rows leave warps free to share out the places of a tile.
     // 64 rows of the largest head dim would not fit the shared memory of an A100.
     const bool wide = plan.head_dim > 128;
-    plan.warps_m = rows_together <= 16 ? 1 : rows_together <= 32 || wide ? 2 : 4;
+    // A row's bits must not depend on how many there are where stretches are asked for.
+    const int64_t rows = shape.by_stretch > 0 ? 64 : rows_together;
+    plan.warps_m = rows <= 16 ? 1 : rows <= 32 || wide ? 2 : 4;
     plan.warps_k = 4 / plan.warps_m;
     plan.rows = 16 * plan.warps_m;
     plan.shared_bytes = shared_bytes(plan.head_dim, plan.rows, plan.eight_bits);
+    if (shape.by_stretch > 0)
+      plan.rows = static_cast<int>(std::min<int64_t>(plan.rows, rows_together));
   }
   const int64_t of_together = (rows_together + plan.rows - 1) / plan.rows;
   plan.blocks = shape.per_token ? shape.T * of_together : of_together;
@@ -40,6 +44,8 @@ AttentionPlan plan_attention(const AttentionShape& shape) {
   // Not the splits of the longest row: a shorter one can have more, of fewer tiles each.
   const int64_t tiles = (shape.most_places + kTile - 1) / kTile;
   plan.splits = std::clamp<int64_t>((tiles + kLeastTiles - 1) / kLeastTiles, 1, plan.most_splits);
+  if (shape.by_stretch > 0)
+    plan.splits = std::min(shape.by_stretch, stretch_of(shape.most_places - 1) + 1);
   plan.unit_floats = plan.rows * (shape.D + 2);
   return plan;
 }

@@ -15,7 +15,7 @@ constexpr int kTile = 64;  // places that a block handles together
 struct AttentionPlan {
   int head_dim;          // the kernel's, at least D; 0: the plain kernel, a warp per row
   int warps_m, warps_k;  // of the matrix kernel: over rows and over the places of a tile
-  int rows;              // packed rows of a block
+  int rows;              // packed rows of a block, 16 warps_m at most
   bool eight_bits;       // the kernel of caches in e4m3
   int64_t blocks;        // per KV head
   int64_t most_splits;   // of a row's places, however many it has
@@ -33,6 +33,7 @@ struct AttentionShape {
   bool per_token;       // lists of places per token
   bool aligned;         // 16-bit elements, all rows on 16 bytes
   bool eight_bits;      // caches in e4m3; aligned: of bf16 queries only
+  int64_t by_stretch;   // path_attention: most stretches that a block's rows touch; 0: even splits
 };
 
 // Elements between the rows of a tile in shared memory: whole bank rows of 128 bytes.
@@ -62,6 +63,22 @@ BW_HOST_DEVICE inline Splits cut_places(int64_t first, int64_t end, int64_t most
   if (each < kLeastTiles) each = kLeastTiles;
   const int64_t count = (tiles + each - 1) / each;
   return {each * kTile, count > 1 ? count : 1};
+}
+
+// path_attention cuts at fixed places instead, wherever a row begins or ends: into stretches, short
+// ones at first, to keep the chip busy.
+constexpr int64_t kShortStretch = 4 * kTile, kLongStretch = 16 * kTile, kShortStretches = 16;
+BW_HOST_DEVICE inline int64_t stretch_of(int64_t place) {
+  const int64_t rest = place - kShortStretches * kShortStretch;
+  return rest < 0 ? place / kShortStretch : kShortStretches + rest / kLongStretch;
+}
+BW_HOST_DEVICE inline int64_t stretch_begin(int64_t stretch) {
+  const int64_t rest = stretch - kShortStretches;
+  return rest < 0 ? stretch * kShortStretch : kShortStretches * kShortStretch + rest * kLongStretch;
+}
+// How many of them so many places can touch.
+BW_HOST_DEVICE inline int64_t most_stretches(int64_t places) {
+  return (places + kShortStretch - 2) / kShortStretch + 1;
 }
 
 AttentionPlan plan_attention(const AttentionShape& shape);

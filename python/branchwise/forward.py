@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from .attention import AttentionPlan, LayerPolicy
 from .cache import CACHE_NAME, KVStore
 from .devices import to_device
-from .layers import InvariantLinears
+from .layers import InvariantLinears, InvariantMeans
 from .tree import TokenTree
 
 _CHUNK = 2048  # prompt tokens per forward: bounds activations and workspace
@@ -27,8 +28,8 @@ class StoredModel:
         kv: decides what layers attend to and keep; None: everything.
         keep_hidden: leave the hidden states of every forward, after the final norm, in ``hidden_states``.
         deterministic: what a token gets depends on its text alone, bit for bit: not on the tree that it is in, nor on
-            the batch (:func:`branchwise.ops.path_attention`, :func:`branchwise.ops.invariant_linear`). On the CPU,
-            without a policy.
+            the batch (:func:`branchwise.ops.path_attention`, :func:`branchwise.ops.invariant_linear`). Without a
+            policy.
 
     Attributes:
         forwards: how many were made.
@@ -49,6 +50,7 @@ class StoredModel:
         self.hidden_states: Tensor | None = None
         self.keep_hidden = keep_hidden
         self._linears = InvariantLinears(model, where_faster=not deterministic)
+        self._means = InvariantMeans() if deterministic and model.device.type == "cuda" else nullcontext()
 
     def extend(self, rows: Sequence[Tensor], after_chunk: Callable[[Tensor], None] | None = None) -> Tensor:
         """Appends text, ragged, and commits it.
@@ -134,7 +136,7 @@ class StoredModel:
             options["logits_to_keep"] = torch.tensor(wanted)
         hook = self.model.base_model.register_forward_hook(self._note_hidden) if self.keep_hidden else None
         try:
-            with self._linears:
+            with self._linears, self._means:
                 logits = self.model(
                     input_ids=tokens if embeddings is None else None,
                     inputs_embeds=embeddings,

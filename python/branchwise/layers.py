@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from . import ops
@@ -86,20 +87,22 @@ def pass_through(hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 
 class InvariantLinears:
-    """While entered, a model's ``torch.nn.Linear`` modules on the CPU compute by
-    :func:`branchwise.ops.invariant_linear`. Not thread-safe, as it changes the model; not to be entered twice.
+    """While entered, a model's ``torch.nn.Linear`` modules compute by :func:`branchwise.ops.invariant_linear`. Not
+    thread-safe, as it changes the model; not to be entered twice.
 
     Subclasses (quantized layers, for example), and modules in whose place somebody has put something, stay as they are.
 
     Args:
         model: whose modules.
-        where_faster: leave fp32 to torch but for :func:`faster_rows`.
+        where_faster: leave to torch what it does faster: everything on a GPU, on the CPU fp32 but for
+            :func:`faster_rows`.
     """
 
     def __init__(self, model: PreTrainedModel, where_faster: bool = False) -> None:
         linears = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in m.__dict__]
         form = _where_faster(faster_rows()) if where_faster else _invariant
-        self._forwards = [(m.__dict__, MethodType(form, m)) for m in linears if m.weight.device.type == "cpu"]
+        ours = [m for m in linears if m.weight.device.type == "cpu" or not where_faster]
+        self._forwards = [(m.__dict__, MethodType(form, m)) for m in ours]
 
     def __enter__(self) -> None:
         for attributes, forward in self._forwards:  # a module's own setattr takes ten times as long
@@ -108,6 +111,29 @@ class InvariantLinears:
     def __exit__(self, *args: object) -> None:
         for attributes, _ in self._forwards:
             attributes.pop("forward", None)
+
+
+class InvariantMeans(TorchDispatchMode):
+    """While entered, means over the last dimension, of which norms are made, add in an order that the number of rows
+    does not change. torch's do so on the CPU; on a GPU its reductions share out threads by that number, but its layer
+    norm, which computes the mean, takes a block per row.
+
+    Args:
+        device: whose tensors' means.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.mean.dim and not kwargs and args[0].device.type == self.device:
+            x, dim, keepdim = (*args, False)[:3]
+            if len(dim) == 1 and dim[0] in (-1, x.dim() - 1) and x.shape[-1] > 0:
+                mean = torch.native_layer_norm(x, [x.shape[-1]], None, None, 0.0)[1].to(x.dtype)
+                return mean if keepdim else mean.squeeze(-1)
+        return func(*args, **kwargs)
 
 
 def faster_rows() -> range:

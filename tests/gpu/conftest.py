@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from branchwise import forward, ops
+from branchwise import forward, layers, ops
 from branchwise.ops._load import LIBRARY_DIR
 
 EMULATED = LIBRARY_DIR / "libbranchwise_emulated.so"
@@ -27,8 +27,11 @@ class Device:
     @contextmanager
     def active(self):
         """While it lasts, the ops of branchwise are those of this device, for whoever calls them."""
-        # On a device a model's linear layers stay torch's; the emulator's weights are on the CPU.
-        linears = (lambda *args, **options: nullcontext()) if self.emulated else forward.InvariantLinears
+
+        # On a device a model's linear layers stay torch's where they are faster; the emulator's weights are on the CPU.
+        def linears(model, where_faster):
+            return nullcontext() if where_faster and self.emulated else layers.InvariantLinears(model, where_faster)
+
         with (
             mock.patch.object(torch.ops, "branchwise", self.ops),
             mock.patch.object(forward, "InvariantLinears", linears),

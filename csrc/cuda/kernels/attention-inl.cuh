@@ -73,6 +73,7 @@ struct BlockView {
   RowView rows[64];
   int64_t keys[2][kTile], values[2][kTile];  // where the places of two tiles lie
   uint32_t exist[8][2];                      // and which places of eight do
+  bool finishes;                             // there is one split
 };
 static_assert(sizeof(BlockView) <= kBlockViewBytes);
 
@@ -93,12 +94,11 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
   using Rows = SharedRows<HeadDim>;
 
   const AttentionArgs& a = in.args;
-  const int blocks = static_cast<int>(in.blocks), heads = static_cast<int>(a.Hkv);
-  const int block = blockIdx.x % blocks, h = blockIdx.x / blocks % heads, b = blockIdx.y;
-  const int split = blockIdx.x / blocks / heads;
+  const Unit unit = unit_of_block(in);
+  const int b = unit.b, h = unit.h, block = unit.block, split = unit.split;
   const int tid = threadIdx.x, warp = tid / kWarp, lane = tid % kWarp;
   const int wm = warp % WarpsM, wk = warp / WarpsM;
-  const int G = static_cast<int>(a.Hq) / heads;
+  const int G = static_cast<int>(a.Hq / a.Hkv);
 
   char* shared = shared_memory();
   const Rows query{shared};
@@ -114,16 +114,17 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
   const RowBlock rows = row_block(in, block);
   int64_t begin, end;
   int tiles;
-  bool only_split;
   {
     const Places places = places_of(in, b, h, rows.first_token);
     const Span span = span_of(in, places, rows);
-    if (split >= span.splits.count) return;
-    begin = span.first + split * span.splits.size;
-    end = min(span.end, begin + span.splits.size);
+    if (split >= span.count) return;
+    begin = span.begin_of(split);
+    end = span.end_of(split);
     tiles = static_cast<int>((end - begin + kTile - 1) / kTile);
-    only_split = span.splits.count == 1;
-    if (tid == 0) view.places = places;
+    if (tid == 0) {
+      view.places = places;
+      view.finishes = !in.by_stretch && span.count == 1;
+    }
     if (tid < kRows)
       view.rows[tid] = view_of(a, places, b, min(rows.first + tid, rows.end - 1) / G);
   }
@@ -343,7 +344,7 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsK)
         all += weight[w] * joined[(w * kRows + row) * kJoinedPitch + d];
       return all * stored_value;
     };
-    if (only_split) {
+    if (view.finishes) {
       const Finish f = finish_row(a, b, h, rows.first + row, top, sum, lane == 0);
       for (int d = lane; d < a.D; d += kWarp)
         from_float(value(d) * f.factor, static_cast<Element*>(a.out) + f.at + d);

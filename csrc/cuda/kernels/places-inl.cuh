@@ -24,6 +24,17 @@ __device__ inline int32_t lower_bound(const int32_t* list, int32_t count, int32_
   return begin;
 }
 
+// What a thread block computes: a split of the places of a block of rows.
+struct Unit {
+  int b, h, block, split;
+};
+__device__ inline Unit unit_of_block(const AttentionLaunch& in) {
+  const int blocks = static_cast<int>(in.blocks), heads = static_cast<int>(in.args.Hkv);
+  const int x = static_cast<int>(blockIdx.x), rest = x / blocks;
+  return {static_cast<int>(blockIdx.y + in.first_batch), rest % heads,
+          x % blocks + static_cast<int>(in.first_block), rest / heads};
+}
+
 // Blocks of one batch row and KV head, in terms of packed rows.
 struct RowBlock {
   int32_t first, end;
@@ -47,16 +58,18 @@ __device__ inline RowBlock row_block(const AttentionLaunch& in, int64_t block) {
   return rows;
 }
 
-__device__ inline int32_t row_length(const AttentionLaunch& in, int64_t b, int64_t h) {
+// Slots before the nodes, of which there are N; of a cache they fit into.
+template <typename Launch>
+__device__ int32_t row_length(const Launch& in, int64_t N, int64_t b, int64_t h) {
   const int32_t length = in.seq_lens[b * in.lens_row_stride + h * in.lens_head_stride];
-  const int32_t most = static_cast<int32_t>(in.capacity - in.args.N);
+  const int32_t most = static_cast<int32_t>(in.capacity - N);
   return length < 0 ? 0 : length < most ? length : most;
 }
 
 // Called by whole warps.
 __device__ inline Places places_of(const AttentionLaunch& in, int64_t b, int64_t h, int64_t token) {
-  const int32_t length = row_length(in, b, h);
-  if (!in.sparse) return dense_places(length, in.window);
+  const int32_t length = row_length(in, in.args.N, b, h);
+  if (in.places_from == PlacesFrom::length) return dense_places(length, in.window);
   const Lists& lists = in.lists;
   const int32_t* list = nullptr;
   int32_t count = 0;
@@ -66,6 +79,7 @@ __device__ inline Places places_of(const AttentionLaunch& in, int64_t b, int64_t
     list = lists.indices + at * lists.width;
     count = min(max(lists.counts[at], 0), static_cast<int32_t>(lists.width));
   }
+  if (in.places_from == PlacesFrom::paths) return path_places(length, list, count, in.window);
   return sparse_places(length, list, count, lists.unit,
                        in.ranges.sink != nullptr ? in.ranges.sink + h : nullptr,
                        in.ranges.recent != nullptr ? in.ranges.recent + h : nullptr, lower_bound);
@@ -74,21 +88,38 @@ __device__ inline Places places_of(const AttentionLaunch& in, int64_t b, int64_t
 // The places that a block of rows has to look at, in splits.
 struct Span {
   int64_t first, end;
-  Splits splits;
+  int64_t count;          // of splits
+  int64_t size;           // of each; 0: they are stretches, the first of which is
+  int64_t first_stretch;  // this one
+  __device__ int64_t begin_of(int64_t split) const {
+    return size > 0 ? first + split * size : stretch_begin(first_stretch + split);
+  }
+  __device__ int64_t end_of(int64_t split) const { return min(end, begin_of(split + 1)); }
 };
 __device__ inline Span span_of(const AttentionLaunch& in, const Places& places,
                                const RowBlock& rows) {
   const AttentionArgs& a = in.args;
   // A causal block can stop at its last token's node. Only where places are slots does a window cut
   // off the front of them.
-  const int64_t nodes = a.tree_mask != nullptr ? a.N : a.N - a.T + rows.last_token + 1;
-  const int64_t depth = a.tree_mask != nullptr ? 0 : a.N - a.T + rows.first_token;
-  const bool skips = places.window > 0 && places.kept == 0 && places.sink == places.prefix;
-  const int64_t low = skips ? places.prefix + depth - places.window + 1 : 0;
-  Span span;
-  span.first = low > 0 ? low / kTile * kTile : 0;
-  span.end = places.prefix + nodes;
-  span.splits = cut_places(span.first, span.end, in.most_splits);
+  const bool paths = in.places_from == PlacesFrom::paths, tree = a.tree_mask != nullptr;
+  const int64_t nodes = paths ? 0 : tree ? a.N : a.N - a.T + rows.last_token + 1;
+  const int64_t depth = paths ? -1 : tree ? 0 : a.N - a.T + rows.first_token;
+  const bool skips =
+      places.window > 0 && places.kept == 0 && (paths || places.sink == places.prefix);
+  const int64_t low = max(skips ? places.prefix + depth - places.window + 1 : 0, int64_t{0});
+  Span span{low / kTile * kTile, places.prefix + nodes, 0, 0, 0};
+  if (!in.by_stretch) {
+    const Splits splits = cut_places(span.first, span.end, in.most_splits);
+    span.count = splits.count;
+    span.size = splits.size;
+    return span;
+  }
+  const int64_t last = stretch_of(places.new_slot);  // of the prefix, not a whole one
+  if (tree && !paths) span.end = stretch_begin(last);
+  span.first_stretch = stretch_of(span.first);
+  if (paths) span.first_stretch = max(span.first_stretch, last);
+  span.first = stretch_begin(span.first_stretch);
+  if (span.first < span.end) span.count = stretch_of(span.end - 1) + 1 - span.first_stretch;
   return span;
 }
 
@@ -173,7 +204,8 @@ __device__ inline uint64_t visible(const AttentionArgs& a, const Places& places,
 // Where a block's partial result lives: rows [rows, D], then maxima and sums [rows] each.
 __device__ inline float* partial_of(const AttentionLaunch& in, int64_t b, int64_t h, int64_t block,
                                     int64_t split) {
-  const int64_t at = ((b * in.args.Hkv + h) * in.blocks + block) * in.splits + split;
+  const int64_t row = (b - in.first_batch) * in.args.Hkv + h;
+  const int64_t at = (row * in.blocks + block - in.first_block) * in.splits + split;
   return in.partial + at * in.unit_floats;
 }
 

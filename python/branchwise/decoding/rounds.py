@@ -49,6 +49,7 @@ class RoundKey(NamedTuple):
     temperature: float
     keep_logits: bool
     keep_hidden: bool
+    deterministic: bool
 
 
 def _addresses(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
@@ -181,7 +182,7 @@ class GraphedRounds:
         for view, value in zip(exchange.trees, values, strict=True):
             view.copy_(value)
         exchange.upload()
-        key = RoundKey(B, N, rule, temperature, keep_logits or rule is None, target.keep_hidden)
+        key = RoundKey(B, N, rule, temperature, keep_logits or rule is None, target.keep_hidden, target.deterministic)
         done = self._replay(key, target, exchange)
         target.hidden_states = done.hidden
         if rule is None:

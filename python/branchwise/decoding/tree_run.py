@@ -47,7 +47,7 @@ class TreeRun:
         enough: asked after every round, given the tokens i64[n] that each row got and whether it has ended; True ends
             the run.
         rounds: runs the rounds on a GPU in graphs; with its store, and without a KV policy.
-        deterministic: of the forwards, see :class:`branchwise.forward.StoredModel`; without ``rounds``.
+        deterministic: of the forwards, see :class:`branchwise.forward.StoredModel`.
     """
 
     def __init__(

@@ -53,14 +53,14 @@ class TreeSpeculation(Decoder):
             but changes to the model's modules (hooks, adapters that are switched) need a new object.
         deterministic: logits depend on the text alone, bit for bit. So what is said greedily, or sampled from retrieved
             drafts, does not depend on the drafter, what it remembers, the machine's speed of the moment, or the batch.
-            On the CPU, for dense models of ``torch.nn.Linear`` layers without a KV policy. None: in bfloat16 and
+            For dense models of ``torch.nn.Linear`` layers without a KV policy. None: on the CPU in bfloat16 and
             float16, where near-ties would be a matter of rounding otherwise; a forward over a tree takes up to 6 %
             longer there, one over a single token 3 to 8 % (SmolLM2, 2 cores with AMX, 200 to 4000 tokens of prefix;
             ``bench/deterministic.py``).
 
     Raises:
         ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
-            a rule that does not fit, or a KV policy or ``deterministic=True`` with a model on a GPU, or both together.
+            a rule that does not fit, or a KV policy with a model on a GPU or ``deterministic=True``.
     """
 
     def __init__(
@@ -124,15 +124,13 @@ class TreeSpeculation(Decoder):
         return run.result(model.device)
 
     def _is_deterministic(self, model: PreTrainedModel) -> bool:
-        on_cpu, policy = model.device.type == "cpu", policy_of(model)
-        if self.deterministic and not on_cpu:
-            raise ValueError(f"deterministic decoding needs the model on the CPU so far, and it is on {model.device}")
+        policy = policy_of(model)
         if self.deterministic and policy is not None:
             raise ValueError(
                 f"deterministic decoding goes without a KV policy so far, and the model has {type(policy).__name__}"
             )
         if self.deterministic is None:
-            return on_cpu and policy is None and model.dtype != torch.float32
+            return model.device.type == "cpu" and policy is None and model.dtype != torch.float32
         return self.deterministic
 
     def _graphed_rounds(self, call: Call, longest: int) -> GraphedRounds | None:

@@ -157,7 +157,9 @@ def path_attention(
     Raises:
         RuntimeError: a shape, dtype, length, page or mask bit breaks the rules; nothing is read then.
 
-    Source: our own. On the CPU only. Whole tiles of 64 slots of the prefix are read once, the rest of it once per leaf.
+    Source: our own. CPU and CUDA. What all paths have in common is read once: on the CPU whole tiles of 64 slots of the
+    prefix, and the rest of it once per leaf; on a GPU whole stretches of 256 slots (1024 behind the first 4096), and
+    the rest of it once per node.
     """
     refuse_grad("path_attention", query, key_cache, value_cache, sinks)
     return torch.ops.branchwise.path_attention.default(

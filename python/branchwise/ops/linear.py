@@ -12,8 +12,8 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     The libraries behind ``torch.nn.functional.linear`` choose by the number of rows how they cut a product, and with
     it the order of its sums. Here that order depends on K alone (and on the instruction set, see
-    :func:`branchwise.ops.cpu_isa`); sums are in fp32, and rounded once, with the bias. Weights are read once from
-    where they lie, not packed again at every call, which is what a few rows cost.
+    :func:`branchwise.ops.cpu_isa`; on a GPU, whether weights lie on 16 bytes); sums are in fp32, and rounded once, with
+    the bias. Weights are read once from where they lie, not packed again at every call, which is what a few rows cost.
 
     Args:
         x: [..., K] float32, bfloat16 or float16; copied if it is not contiguous.
@@ -25,6 +25,8 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Raises:
         RuntimeError: a wrong shape or dtype, or a tensor that requires grad outside ``torch.no_grad()``.
+
+    Source: our own. CPU and CUDA.
     """
     refuse_grad("invariant_linear", x, weight, bias)
     return torch.ops.branchwise.invariant_linear(x, weight, bias)
