@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
       "page_table=None, "
       "float? scale=None, Tensor? sinks=None, float softcap=0., Tensor? key_scale=None, Tensor? "
       "value_scale=None) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm(Tensor x, Tensor weight, float eps, float offset=0., bool weight_first=False) -> "
+      "Tensor");
+  m.def("apply_rope(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
   m.def("invariant_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, "

@@ -44,6 +44,9 @@ __device__ inline uint32_t pack<half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
+// Not made a part of a multiply-add.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 // 2^x to a relative error of 2^-22; 0 for -inf.
 __device__ inline float exp2_approx(float x) {
   float y;

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .attention import AttentionPlan, LayerPolicy
 from .cache import CACHE_NAME, KVStore
 from .devices import to_device
+from .fused import FusedLayers
 from .layers import InvariantLinears, InvariantMeans
 from .tree import TokenTree
 
@@ -50,6 +51,7 @@ class StoredModel:
         self.hidden_states: Tensor | None = None
         self.keep_hidden = keep_hidden
         self._linears = InvariantLinears(model, where_faster=not deterministic)
+        self._fused = FusedLayers(model)
         self._means = InvariantMeans() if deterministic and model.device.type == "cuda" else nullcontext()
 
     def extend(self, rows: Sequence[Tensor], after_chunk: Callable[[Tensor], None] | None = None) -> Tensor:
@@ -136,7 +138,7 @@ class StoredModel:
             options["logits_to_keep"] = torch.tensor(wanted)
         hook = self.model.base_model.register_forward_hook(self._note_hidden) if self.keep_hidden else None
         try:
-            with self._linears, self._means:
+            with self._linears, self._fused, self._means:
                 logits = self.model(
                     input_ids=tokens if embeddings is None else None,
                     inputs_embeds=embeddings,

@@ -122,6 +122,7 @@ uint32_t pack(float low, float high) {
   std::memcpy(&bits, both, sizeof(bits));
   return bits;
 }
+inline float rounded_product(float a, float b) { return a * b; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 template <typename T>

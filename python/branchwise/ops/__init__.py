@@ -13,6 +13,7 @@ from .diffusion import confidence, draft_blocks, verify_blocks
 from .draft import top_tokens
 from .fetch import fetch_slots
 from .kv import append_kv, commit_kv, evict_kv, rerotate_keys
+from .layer import apply_rope, rms_norm
 from .linear import invariant_linear
 from .scores import attention_mass, page_summaries, score_pages
 from .select import select_pages, select_slots
@@ -35,6 +36,7 @@ __all__ = [
     "ISA_LEVELS",
     "LIBRARY_DIR",
     "append_kv",
+    "apply_rope",
     "attention_mass",
     "build_tree",
     "cascade_attention",
@@ -50,6 +52,7 @@ __all__ = [
     "page_summaries",
     "path_attention",
     "rerotate_keys",
+    "rms_norm",
     "score_pages",
     "select_pages",
     "select_slots",
