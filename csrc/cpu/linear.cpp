@@ -36,8 +36,9 @@ Tensor invariant_linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const int64_t blocks = (M + k.row_block - 1) / k.row_block;
   const int64_t columns = (N + k.column_block - 1) / k.column_block;
   const int64_t per_unit = kLinearChunk / k.row_block, chunks = (blocks + per_unit - 1) / per_unit;
-  // Less work than waking the threads; so is packing a few rows.
-  const bool serial = M * N * K < (1 << 18);
+  // Less work than waking the threads; so is packing a few rows. Weights may have to come from
+  // memory, which takes two threads half the time from small matrices on.
+  const bool serial = M * N * K < (1 << 18) && N * K * bytes_of(args.type) < (1 << 17);
   float* packed = workspace_buffer.reserve(blocks * k.block_floats(args.type, K));
   run_guided(blocks, 0, serial || M < 64,
              [&](int64_t block, float*) { k.pack(args, block, packed); });

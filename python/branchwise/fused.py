@@ -71,11 +71,13 @@ def _fused_norm(module: torch.nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     offset, weight_first = form
 
+    own = module._parameters  # a module's own getattr takes a fifth of the op's time
+
     def forward(x: Tensor) -> Tensor:
-        own = module.weight
-        if x.dtype is not own.dtype or torch.is_grad_enabled():
+        weight = own.get("weight")
+        if weight is None or x.dtype is not weight.dtype or torch.is_grad_enabled():
             return type(module).forward(module, x)
-        return ops.rms_norm(x, own, eps, offset, weight_first)
+        return ops.rms_norm(x, weight, eps, offset, weight_first)
 
     return forward
 
