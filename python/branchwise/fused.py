@@ -37,8 +37,9 @@ class FusedLayers:
 
     def __init__(self, model: PreTrainedModel) -> None:
         with torch.no_grad():
-            norms = [(m.__dict__, _fused_norm(m)) for m in model.modules() if "forward" not in m.__dict__]
-            files = {type(m).__module__ for m in model.modules()}
+            modules = list(model.modules())
+            norms = [(m.__dict__, _fused_norm(m)) for m in modules if "forward" not in m.__dict__]
+            files = {type(m).__module__ for m in modules}
             self._files = sorted(name for name in files if _can_rotate(name, model.dtype))
         self._norms = [(attributes, forward) for attributes, forward in norms if forward is not None]
 
@@ -56,8 +57,10 @@ class FusedLayers:
 
 
 def _fused_norm(module: torch.nn.Module) -> Callable[[Tensor], Tensor] | None:
+    if not type(module).__name__.endswith("RMSNorm"):
+        return None
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
+    if not isinstance(weight, Tensor) or not isinstance(eps, float):
         return None
     if weight.dim() != 1 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
