@@ -203,6 +203,26 @@ def test_classes_that_compute_something_else_stay():
     assert len(layers._norms) == 6
 
 
+def test_settings_of_a_class_are_tried_each():
+    class ChoosyRMSNorm(llama.LlamaRMSNorm):
+        from_one = False
+
+        def forward(self, x):
+            x = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return (x * (self.weight.float() + float(self.from_one))).to(self.weight.dtype)
+
+    model = copy.deepcopy(tiny.model("llama", torch.bfloat16))
+    for norm in (model.model.norm, model.model.layers[0].input_layernorm):
+        norm.__class__ = ChoosyRMSNorm
+    model.model.norm.from_one = True
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with FusedLayers(model):
+            logits = model(ids).logits
+    assert torch.allclose(logits, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+
+
 def test_gradients_and_other_dtypes_go_to_the_original(counted):
     model = tiny.model("llama")
     layers = FusedLayers(model)

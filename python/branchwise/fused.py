@@ -18,7 +18,7 @@ from . import ops
 ROTARY = "apply_rotary_pos_emb"
 #: offset and weight_first of ops.rms_norm: as in Llama, OLMo 2, Gemma.
 _FORMS = ((0.0, False), (0.0, True), (1.0, True))
-_norm_forms: dict[tuple[type, torch.dtype], tuple[float, bool] | None] = {}
+_norm_forms: dict[tuple[Any, ...], tuple[float, bool] | None] = {}
 _rotary_known: dict[tuple[Any, torch.dtype], bool] = {}
 
 
@@ -26,10 +26,11 @@ class FusedLayers:
     """While entered, norms compute by :func:`branchwise.ops.rms_norm` and rotary embeddings by
     :func:`branchwise.ops.apply_rope`.
 
-    What is taken over is found by trying: a class of norms whose results for random rows and weights are those of the
-    op, and a modeling file's ``apply_rotary_pos_emb`` whose results have the op's bits. Everything else stays as it is,
-    and so do modules in whose place somebody has put something. The function is replaced in the modeling file, for all
-    models of the architecture; tensors that are none of the op's go to the original. Not to be entered twice.
+    What is taken over is found by trying: a class of norms, with the same settings, whose results for random rows and
+    weights are those of the op, and a modeling file's ``apply_rotary_pos_emb`` whose results have the op's bits.
+    Everything else stays as it is, and so do modules in whose place somebody has put something. The function is
+    replaced in the modeling file, for all models of the architecture; tensors that are none of the op's go to the
+    original. Not to be entered twice.
 
     Args:
         model: whose modules, on the CPU or a GPU.
@@ -66,7 +67,10 @@ def _fused_norm(module: torch.nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     if weight.device.type != "cpu" and not (weight.device.type == "cuda" and ops.CUDA_LOADED):
         return None
-    key = type(module), weight.dtype
+    settings = sorted(
+        (name, value) for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))
+    )
+    key = type(module), weight.dtype, tuple(settings)
     if key not in _norm_forms:
         _norm_forms[key] = _find_form(module, weight, eps)
     form = _norm_forms[key]
