@@ -236,6 +236,24 @@ def test_gradients_and_other_dtypes_go_to_the_original(counted):
     assert not any(counted.calls.values())
 
 
+def test_rotations_that_the_op_is_not_for_go_to_the_original(counted):
+    layers = FusedLayers(tiny.model("llama"))
+    counted.calls = dict.fromkeys(counted.calls, 0)
+    query, key, angles = draw(2, 3, 5, 8), draw(2, 1, 5, 8, seed=1), draw(1, 5, 8, seed=2)
+    others = [
+        [x.double() for x in (query, key, angles, angles)],
+        [x.to("meta") for x in (query, key, angles, angles)],
+        [query, key, angles.mT.contiguous().mT, angles],  # strided
+        [query, key, draw(1, 1, 8), draw(1, 1, 8)],  # one position for all
+    ]
+    with torch.no_grad(), layers:
+        for arguments in others:
+            llama.apply_rotary_pos_emb(*arguments)
+        assert not counted.calls["apply_rope"]
+        llama.apply_rotary_pos_emb(query, key, angles, angles)
+    assert counted.calls["apply_rope"] == 1
+
+
 def test_functions_come_back_whoever_leaves_first():
     own = llama.apply_rotary_pos_emb
     first, second = FusedLayers(tiny.model("llama")), FusedLayers(copy.deepcopy(tiny.model("llama")))

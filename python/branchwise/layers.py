@@ -163,7 +163,7 @@ def _where_faster(rows: range) -> Callable[[torch.nn.Linear, Tensor], Tensor]:
 
 
 def _invariant(linear: torch.nn.Linear, x: Tensor) -> Tensor:
-    own = linear._parameters  # a module's own getattr takes a fifth of a small matrix's time
+    own = linear._parameters  # a module's own getattr takes half a microsecond
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None or x.dtype is not weight.dtype or x.dtype is torch.float64:  # pruned; autocast
         return torch.nn.functional.linear(x, linear.weight, linear.bias)
