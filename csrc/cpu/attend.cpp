@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
 
   // Row blocks end on whole tokens, so that a causal block can stop at its last token's slot (one
   // of a tree, at the last that it or an earlier node sees), and begin at its first one's window.
-  // The split size depends on the row's own length and the shapes only: about 64 units per row keep
+  // The split size depends on the row's own length and the shapes only: about 32 units per row keep
   // many threads busy, and a long prompt, with blocks enough, is not split at all. A row too short
   // to be split is cut into smaller blocks where its heads alone would not keep threads busy.
   const int64_t G = Hq / Hkv;
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
     const bool skips = p.window > 0 && p.kept == 0 && p.sink == p.prefix;
     const int64_t low = skips ? p.prefix + (args.tree_mask ? 0 : t) - p.window + 1 : 0;
     const int64_t first = std::max<int64_t>(0, low) / kKeyTile * kKeyTile;
-    const int64_t even = (slots - first) * lanes_of_work / 64 / kKeyTile * kKeyTile;
+    const int64_t even = (slots - first) * lanes_of_work / 32 / kKeyTile * kKeyTile;
     const int64_t split = std::max(even, kMinSplit);
     first_unit.push_back(static_cast<int64_t>(units.size()));
     slots_read += slots - first;

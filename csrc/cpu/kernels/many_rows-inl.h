@@ -219,13 +219,15 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
   Lines<M> lines;
   const WindowCut cut = cut_window(a, u, lowest_low, highest_low);
   int64_t slot = cut.first;
-  // Tiles of shared units must not depend on how many rows there are. Others are as large as scores
-  // have room, so that sums in tile registers are loaded and stored less often; and small where
+  // Tiles of shared units must not depend on how many rows there are. Others are small where
   // vectors read values twice, which the first cache level should bear.
-  const bool small = !kTileRegisters && one_vector && u.batches == nullptr;
-  const int64_t size = u.batches != nullptr ? kKeyTile
-                       : small              ? small_tile(2 * a.D * static_cast<int64_t>(sizeof(T)))
-                                            : kMostSlots;
+  int64_t size = kKeyTile;
+  if (u.batches == nullptr) {
+    if constexpr (kTileRegisters)
+      size = M::slots(rows, a.D);
+    else if (one_vector)
+      size = small_tile(2 * a.D * static_cast<int64_t>(sizeof(T)));
+  }
   find_tile(a, u, slot, size, tile);
   for (; slot < u.slot_end; slot += size) {
     find_tile(a, u, slot + size, size, next);
@@ -237,11 +239,12 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
       return RowBounds{all.node + first, all.low + first, all.word + first};
     };
     if constexpr (kTileRegisters) {
-      const auto operands = M::operands(*tile, a.D, converted);
+      typename M::Ahead evenly(ahead, size, a.D, rows);
+      const auto operands = M::operands(*tile, a.D, converted, evenly);
       for_each_group(rows, [&](int64_t first, int nv) {
         const auto attend = [&](auto vectors) {
           M::template attend<decltype(vectors)::value>(
-              a, u, *tile, operands, ahead, query + first * a.D, bounds(first), cut.hidden, scores,
+              a, u, *tile, operands, evenly, query + first * a.D, bounds(first), cut.hidden, scores,
               out + first * ld_out, ld_out, row_max + first, row_sum + first);
         };
         nv == 2 ? attend(Int<2>{}) : attend(Int<1>{});

@@ -15,13 +15,44 @@ struct KeyTile {
 
 // A tile of slots as the products read it.
 struct TileOperands {
-  KeyTile keys[kMostSlots / kTileRows];
-  const float* values;  // [D / 16][kPairs] lines of 16 pairs of slots
+  KeyTile keys[kKeyTile / kTileRows];
+  const float* values;  // [slots / 32][D / 16] tiles of 16 pairs of slots
+};
+
+// Slots of a tile. Its keys and values, the values interleaved, what it is multiplied with and the
+// outputs of a group should fit into the first cache level: requests to the second wait with those
+// to memory, for which a core has few places. Where they don't fit, larger tiles load and store
+// outputs less often.
+inline int64_t slots_in_registers(int64_t rows, int64_t D) {
+  return rows <= 2 * kTileRows && D > 64 && D <= 128 ? kKeyTile / 2 : kKeyTile;
+}
+
+// Asks for the next tile's lines while this one is computed, at an even pace, as a core has few
+// requests to memory under way at once, and what it does not ask for in time it waits for. One line
+// beside each two that are interleaved; the others shared out over the products and the softmax.
+class EvenAsks {
+ public:
+  EvenAsks(const Prefetcher<Bf16>& ahead, int64_t slots, int64_t D, int64_t rows) : ahead_(ahead) {
+    const int64_t vectors = padded_rows(rows) / kLanes, chunks = slots / 2 * (D / (2 * kLanes));
+    const int64_t lines = 4 * chunks, products = vectors * chunks / 4;
+    const int64_t asks = products + vectors * slots / 2;
+    pace_ = static_cast<int>((kLine * (lines - chunks) + asks - 1) / asks);
+  }
+  void line() { ahead_.step(); }
+  void step() {
+    for (due_ += pace_; due_ >= kLine; due_ -= kLine) ahead_.step();
+  }
+
+ private:
+  static constexpr int kLine = 16;
+  Prefetcher<Bf16> ahead_;
+  int pace_, due_ = 0;  // in parts of a line
 };
 
 // Keys at even distances are used where they lie, others copied to `buffer`, then values
 // interleaved; as make_key_lines and make_value_lines.
-inline TileOperands make_operands(const Tile<Bf16>& tile, int64_t D, float* buffer) {
+inline TileOperands make_operands(const Tile<Bf16>& tile, int64_t D, float* buffer,
+                                  EvenAsks& ahead) {
   TileOperands made;
   Bf16* copy = reinterpret_cast<Bf16*>(buffer);
   for (int64_t i = 0; i < tile.size; i += kTileRows, copy += kTileRows * D) {
@@ -37,20 +68,31 @@ inline TileOperands make_operands(const Tile<Bf16>& tile, int64_t D, float* buff
         store(reinterpret_cast<float*>(copy + r * D + d), load_as<f32v>(rows[r] + d));
     made.keys[i / kTileRows] = {copy, D * static_cast<int64_t>(sizeof(Bf16))};
   }
-  float* values = buffer + kMostSlots * D / 2;
-  Lines<Bf16Product> lines;
-  make_value_lines<Bf16>(tile.values(), round_up(tile.count, 2 * kLanes), D, values, &lines);
+  float* values = buffer + kKeyTile * D / 2;
+  EvenAsks local = ahead;
+  for (int64_t i = 0; i < round_up(tile.count, 2 * kLanes); i += 2) {
+    float* to = values + i / 2 / kTileRows * kTileRows * D + i / 2 % kTileRows * kLanes;
+    for (int64_t d = 0; d < D; d += 2 * kLanes, to += 2 * kTileFloats) {
+      local.line();
+      Bf16Product::Vec x[2];
+      Bf16Product::columns(tile.values() + i, d, x);
+      __builtin_memcpy(to, x, sizeof *x);
+      __builtin_memcpy(to + kTileFloats, x + 1, sizeof *x);
+    }
+  }
+  ahead = local;
   made.values = values;
   return made;
 }
 
-// scores^T[slot][row] of a whole tile, NV vectors of rows. Four sums at once where there are rows
-// for no more, as each waits long for its last product.
-template <int NV, typename F>
-void score_tiles(const float* query, const TileOperands& tile, int64_t count, int64_t D,
-                 float* scores, const F& ahead) {
+// scores^T[slot][row] of a whole tile, NV vectors of rows. As the second product not inlined: each
+// needs the registers for its addresses.
+template <int NV>
+[[gnu::noinline]] void score_tiles(const float* query, const TileOperands& tile, int64_t count,
+                                   int64_t D, float* scores, EvenAsks& ahead) {
+  EvenAsks local = ahead;
   constexpr int64_t ld = NV * kLanes, kApart = ld * sizeof(float);
-  constexpr int NS = 4 / NV, kKey = 4;
+  constexpr int NS = 2, kKey = 4;
   for (int64_t i = 0; i * kTileRows < count; i += NS) {
     unrolled<NS * NV>([](auto c) { clear_tile<decltype(c)::value>(); });
     for (int64_t d = 0; d < D; d += 2 * kLanes) {
@@ -65,7 +107,7 @@ void score_tiles(const float* query, const TileOperands& tile, int64_t count, in
         unrolled<NV>([&](auto v) {
           constexpr int V = decltype(v)::value;
           multiply_tiles<S * NV + V, kKey, kKey + 1 + V>();
-          ahead();
+          local.step();
         });
       });
     }
@@ -76,6 +118,7 @@ void score_tiles(const float* query, const TileOperands& tile, int64_t count, in
       });
     });
   }
+  ahead = local;
 }
 
 // Probabilities [pair of slots][row], of `pairs` pairs, to [row][pair]; zeros up to a
@@ -94,12 +137,13 @@ void transpose_probs(const float* scores, int64_t pairs, float* probs) {
 }
 
 // out[row][d ..] += sum over the tile's slots, NB times 16 values of the head dim.
-template <int NV, int NB, typename F>
-void add_tiles(const float* probs, const float* values, int64_t pairs, int64_t d, float* out,
-               int64_t ld, const F& ahead) {
+template <int NV, int NB>
+[[gnu::noinline]] void add_tiles(const float* probs, const float* values, int64_t pairs, int64_t D,
+                                 int64_t d, float* out, int64_t ld, EvenAsks& ahead) {
   constexpr int kProbs = NV * NB, kValue = kProbs + NV;
   const int64_t apart = ld * static_cast<int64_t>(sizeof(float));
   const auto place = [&](int v, int b) { return out + v * kTileRows * ld + d + b * kLanes; };
+  EvenAsks local = ahead;
   unrolled<NV>([&](auto v) {
     unrolled<NB>([&](auto b) {
       constexpr int V = decltype(v)::value, B = decltype(b)::value;
@@ -113,11 +157,11 @@ void add_tiles(const float* probs, const float* values, int64_t pairs, int64_t d
     });
     unrolled<NB>([&](auto b) {
       constexpr int B = decltype(b)::value;
-      load_tile<kValue>(values + ((d / kLanes + B) * kPairs + first) * kLanes, kTileBytes);
+      load_tile<kValue>(values + first * D + (d / kLanes + B) * kTileFloats, kTileBytes);
       unrolled<NV>([&](auto v) {
         constexpr int V = decltype(v)::value;
         multiply_tiles<V * NB + B, kProbs + V, kValue>();
-        ahead();
+        local.step();
       });
     });
   }
@@ -127,28 +171,30 @@ void add_tiles(const float* probs, const float* values, int64_t pairs, int64_t d
       store_tile<V * NB + B>(place(V, B), apart);
     });
   });
+  ahead = local;
 }
 
 // A tile of slots for a group of NV vectors of rows, whose partial results lie row after row.
-template <int NV, typename P>
+template <int NV>
 void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf16>& tile,
-                  const TileOperands& operands, P& ahead, const float* query, const RowBounds& rows,
-                  int64_t hidden, float* scores, float* out, int64_t ld, float* row_max,
-                  float* row_sum) {
+                  const TileOperands& operands, EvenAsks& ahead, const float* query,
+                  const RowBounds& rows, int64_t hidden, float* scores, float* out, int64_t ld,
+                  float* row_max, float* row_sum) {
   f32v alpha[NV];
   const int64_t pairs = (tile.count + 1) / 2;
-  // No oftener: products take longer with more asks (measured), presumably as tiles wait with them.
-  const auto ask = [&] { ahead.step(); };
-  score_tiles<NV>(query, operands, tile.count, a.D, scores, ask);
+  score_tiles<NV>(query, operands, tile.count, a.D, scores, ahead);
+  EvenAsks local = ahead;  // in registers
   weigh_tile<Bf16Product, NV>(a, u, tile.begin, tile.count, rows, NV * kLanes, hidden, scores,
-                              alpha, row_max, row_sum, ask);
+                              alpha, row_max, row_sum, [&] { local.step(); });
+  ahead = local;
   float* probs = scores + kPairs * NV * kLanes;  // behind the pairs
   transpose_probs<NV>(scores, pairs, probs);
   for (int64_t v = 0; v < NV; ++v) {
-    float factors[kLanes];
-    store(factors, alpha[v]);
     uint32_t changed = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(alpha[v]),
                                           reinterpret_cast<__m512>(splat(1.f)), _CMP_NEQ_UQ);
+    if (changed == 0) continue;
+    float factors[kLanes];
+    store(factors, alpha[v]);
     for (; changed != 0; changed &= changed - 1) {
       const int r = __builtin_ctz(changed);
       float* row = out + (v * kLanes + r) * ld;
@@ -158,16 +204,18 @@ void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf1
   constexpr int NB = 4 / NV;
   int64_t d = 0;
   for (; d + NB * kLanes <= a.D; d += NB * kLanes)
-    add_tiles<NV, NB>(probs, operands.values, pairs, d, out, ld, ask);
+    add_tiles<NV, NB>(probs, operands.values, pairs, a.D, d, out, ld, ahead);
   if constexpr (NB == 4)
-    if (d < a.D) add_tiles<NV, 2>(probs, operands.values, pairs, d, out, ld, ask);
+    if (d < a.D) add_tiles<NV, 2>(probs, operands.values, pairs, a.D, d, out, ld, ahead);
 }
 
 // The product of this form: of bf16, and a head dim of 32, 64, 96, ...
 struct AmxProduct : Bf16Product {
   using InUse = TilesInUse;
-  static TileOperands operands(const Tile<Bf16>& tile, int64_t D, float* buffer) {
-    return make_operands(tile, D, buffer);
+  using Ahead = EvenAsks;
+  static int64_t slots(int64_t rows, int64_t D) { return slots_in_registers(rows, D); }
+  static TileOperands operands(const Tile<Bf16>& tile, int64_t D, float* buffer, EvenAsks& ahead) {
+    return make_operands(tile, D, buffer, ahead);
   }
   template <int NV, typename... Args>
   static void attend(Args&&... args) {

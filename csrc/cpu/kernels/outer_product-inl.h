@@ -16,7 +16,7 @@ constexpr int kBroadcast = NV == 1 || kRegisters == 32 ? 8 : 4;
 template <int NV>
 constexpr int kWide = NV == 1 && kRegisters == 32 ? 16 : kBroadcast<NV>;
 
-constexpr int64_t kPairs = kMostSlots / 2;
+constexpr int64_t kPairs = kKeyTile / 2;
 
 // A tile as the products read it: lines of elements.
 template <typename M>

@@ -4,14 +4,12 @@
 #include "cpu/kernels/half-inl.h"
 #include "cpu/kernels/product-inl.h"
 
-constexpr int64_t kMostSlots = kTileRegisters ? 2 * kKeyTile : kKeyTile;  // of a tile
-
 // A tile's rows of both caches; rows behind `count` are zeros, so that loops need no tails.
 template <typename T>
 struct Tile {
-  int64_t begin, count;           // places [begin, begin + count)
-  int64_t size;                   // most that it can hold
-  const T* rows[2 * kMostSlots];  // `size` keys, then as many values
+  int64_t begin, count;         // places [begin, begin + count)
+  int64_t size;                 // most that it can hold
+  const T* rows[2 * kKeyTile];  // `size` keys, then as many values
   const T** keys() { return rows; }
   const T** values() { return rows + size; }
   const T* const* keys() const { return rows; }
@@ -40,7 +38,8 @@ template <typename T>
 inline void find_run(const KvLayout& layout, const void* cache, int64_t batch, int64_t head,
                      int64_t slot, int64_t count, const T** rows) {
   const T* row = static_cast<const T*>(cache) + layout.offset(batch, head, slot);
-  for (int64_t i = 0; i < count; ++i, row += layout.stride_slot) rows[i] = row;
+  const int64_t apart = layout.stride_slot;
+  for (int64_t i = 0; i < count; ++i) rows[i] = row + i * apart;
 }
 
 // Places::run of a unit's place.
@@ -117,14 +116,17 @@ inline void prefetch(const T* p) {
 // Asks for the first line of each run of a tile to come, behind the one at `begin`. Presumably its
 // pages are in the TLB then when its lines are asked for; else scattered ones wait for memory
 // twice, one after the other. Four tiles ahead is best; for listed units shorter than a tile, of
-// which there are many, one; and for slots in a row two: further ahead costs a machine with AMX a
-// fifth of its bandwidth (measured; presumably its own prefetchers are led astray).
+// which there are many, one (128 slots in tile registers); and for slots in a row two: further
+// ahead costs a machine with AMX a fifth of its bandwidth (measured; presumably its own prefetchers
+// are led astray), and where small tiles ask for every line in time, any of it costs.
 template <typename T>
 inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
                         int64_t size) {
   const Places& p = *unit.places;
   const bool scattered = p.listed > 0 || a.key_layout.page_table != nullptr;
-  begin += (!scattered ? 2 : p.listed > 0 && p.unit < size ? 1 : 4) * size;
+  if (kTileRegisters && size < kKeyTile && !scattered) return;
+  const int64_t one = kTileRegisters ? 2 * kKeyTile : size;
+  begin += !scattered ? 2 * size : p.listed > 0 && p.unit < size ? one : 4 * size;
   const AttentionUnit* u = in_following(unit, begin);
   const int64_t left = u->slot_end - begin;
   const auto run_at = [u](int64_t place) { return run_of(*u, place); };
