@@ -73,7 +73,7 @@ struct SlotLanes {
 // value[slot][d ..], for R rows and NC whole chunks of the head dim, or with NC = 0 for the n
 // values left. Rows are ld floats apart in out, and At::kRow lanes in alpha.
 template <typename M, typename At, int R, int NC, typename T, typename P>
-inline void add_block(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const float* probs,
+inline void add_block(const TilePart<T>& tile, P& ahead, int64_t d, int64_t n, const float* probs,
                       const float* alpha, float* out, int64_t ld) {
   constexpr int kPack = M::kPack, NV = (NC > 0 ? NC : 1) * kPack;
   f32v acc[R][NV];
@@ -124,7 +124,7 @@ constexpr int wide_chunks() {
 
 // The same for all R rows, as many at a time as half the registers hold.
 template <typename M, int S, int R, int NC, typename T, typename P>
-inline void add_values(const Tile<T>& tile, P& ahead, int64_t d, int64_t n, const float* probs,
+inline void add_values(const TilePart<T>& tile, P& ahead, int64_t d, int64_t n, const float* probs,
                        const float* alpha, float* out, int64_t ld) {
   constexpr int kFit = kRegisters / 2 / ((NC > 0 ? NC : 1) * M::kPack);
   constexpr int kRows = kFit < 1 ? 1 : kFit < R ? kFit : R;
@@ -175,27 +175,21 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   // Few keys are in a cache already; what counts is how often the softmax waits for itself.
   const bool few_keys = prefix + a.N <= 4 * kKeyTile;
   const int64_t size = few_keys ? kKeyTile : small_tile(2 * D * static_cast<int64_t>(sizeof(T)));
-  Tile<T> tiles[2];
   const WindowCut cut = cut_window(a, u, lowest, highest);
-  int64_t slot = cut.first;
-  find_tile(a, u, slot, size, tiles);
-  for (int at = 0; slot < u.slot_end; slot += size, at ^= 1) {
-    const Tile<T>* tile = tiles + at;
-    Tile<T>* next = tiles + (at ^ 1);
-    find_tile(a, u, slot + size, size, next);
-    touch_ahead<T>(a, u, slot, size);
-    Prefetcher<T> ahead(next->rows, 2 * size, D);
-    const int64_t count = tile->count, groups = (count + S - 1) / S;
+  const auto attend = [&](const TilePart<T>& tile, Prefetcher<T>& ahead) {
+    const int64_t count = tile.count, groups = (count + S - 1) / S;
     for (int64_t g = 0; g < groups; ++g) {
-      f32v x = score_slots<M, R>(tile->keys() + g * S, ahead, query, D) * scale;
+      f32v x = score_slots<M, R>(tile.keys() + g * S, ahead, query, D) * scale;
       if (a.softcap > 0.f) x = tanh(x) * (a.softcap * kLog2e);
       store(scores + g * kLanes, x);
     }
     // New tokens, places of the prefix that a window may hide, and the padding of the last group.
-    const int64_t from = cut.hidden > slot ? 0 : prefix > slot ? prefix - slot : 0;
+    const int64_t from = cut.hidden > tile.begin ? 0
+                         : prefix > tile.begin   ? prefix - tile.begin
+                                                 : 0;
     for (int64_t s = from; s < groups * S; ++s)
       for (int r = 0; r < R; ++r)
-        if (s >= count || !sees(a, u, node[r], low[r], slot + s))
+        if (s >= count || !sees(a, u, node[r], low[r], tile.begin + s))
           scores[s / S * kLanes + r * S + s % S] = -kInf;
 
     f32v high = top;
@@ -218,11 +212,26 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
     const auto add_chunks = [&](auto chunks) {
       constexpr int NC = decltype(chunks)::value;
       for (; d + NC * kChunk <= D; d += NC * kChunk)
-        add_values<M, S, R, NC>(*tile, ahead, d, 0, probs, alphas, out, ld);
+        add_values<M, S, R, NC>(tile, ahead, d, 0, probs, alphas, out, ld);
     };
     add_chunks(Int<wide_chunks<M, R>()>{});
     add_chunks(Int<1>{});
-    if (d < D) add_values<M, S, R, 0>(*tile, ahead, d, D - d, probs, alphas, out, ld);
+    if (d < D) add_values<M, S, R, 0>(tile, ahead, d, D - d, probs, alphas, out, ld);
+  };
+
+  // Pages are asked for several at once, so for several tiles.
+  const int64_t run = rows_together(a, *u.places, kKeyTile), span = run > 1 ? kKeyTile : size;
+  const T* in_turn[2 * kKeyTile];
+  Tile<T> tiles[2];
+  int64_t slot = cut.first;
+  find_tile(a, u, slot, span, tiles);
+  for (int at = 0; slot < u.slot_end; slot += span, at ^= 1) {
+    Tile<T>* next = tiles + (at ^ 1);
+    find_tile(a, u, slot + span, span, next);
+    touch_ahead<T>(a, u, slot, span);
+    auto ahead = ask_for(*next, run, D, in_turn);
+    for (int64_t first = 0; first < tiles[at].count; first += size)
+      attend(part(tiles[at], first, size), ahead);
   }
   sum = segment_sum<S>(sum);
   for (int r = 0; r < R; ++r) {

@@ -143,7 +143,7 @@ struct RowLanes {
 
 // out[row][d] of at most a vector of rows: three quarters of a vector in one go, more in halves.
 template <typename M, typename T, typename P>
-void add_row_lanes(const Tile<T>& tile, P& ahead, int64_t rows, int64_t D, const float* probs,
+void add_row_lanes(const TilePart<T>& tile, P& ahead, int64_t rows, int64_t D, const float* probs,
                    const float* alpha, float* out, int64_t ld) {
   constexpr int kChunk = kLanes * M::kPack, kMost = kLanes * 3 / 4, kHalf = kLanes / 2;
   const auto add = [&](auto count, int first) {
@@ -228,13 +228,15 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
     else if (one_vector)
       size = small_tile(2 * a.D * static_cast<int64_t>(sizeof(T)));
   }
+  const int64_t run = rows_together(a, *u.places, size);
+  const T* in_turn[2 * kKeyTile];
   find_tile(a, u, slot, size, tile);
   for (; slot < u.slot_end; slot += size) {
     find_tile(a, u, slot + size, size, next);
     touch_ahead<T>(a, u, slot, size);
     lines.begin = tile->begin;
     lines.count = tile->count;
-    Prefetcher<T> ahead(next->rows, 2 * size, a.D);
+    auto ahead = ask_for(*next, run, a.D, in_turn);
     const auto bounds = [&](int64_t first) {
       return RowBounds{all.node + first, all.low + first, all.word + first};
     };
@@ -257,7 +259,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
                        row_max, row_sum, [] {});
       float alphas[kLanes];
       store(alphas, alpha[0]);
-      add_row_lanes<M>(*tile, ahead, rows, a.D, scores, alphas, out, ld_out);
+      add_row_lanes<M>(part(*tile, 0, size), ahead, rows, a.D, scores, alphas, out, ld_out);
     } else {
       make_key_lines(tile->keys(), tile->count, a.D, converted, &lines);
       make_value_lines(tile->values(), tile->count, a.D, converted + kKeyTile * width, &lines);

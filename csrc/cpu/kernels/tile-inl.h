@@ -33,6 +33,21 @@ inline const T* zeros() {
   return reinterpret_cast<const T*>(kZeros);
 }
 
+// Some slots of a tile.
+template <typename T>
+struct TilePart {
+  int64_t begin, count;  // places [begin, begin + count)
+  const T *const *key_rows, *const *value_rows;
+  const T* const* keys() const { return key_rows; }
+  const T* const* values() const { return value_rows; }
+};
+template <typename T>
+inline TilePart<T> part(const Tile<T>& tile, int64_t first, int64_t size) {
+  const int64_t left = tile.count - first;
+  return {tile.begin + first, left < size ? left : size, tile.keys() + first,
+          tile.values() + first};
+}
+
 // Slots [slot, slot + count) of a row and head, as rows of one cache.
 template <typename T>
 inline void find_run(const KvLayout& layout, const void* cache, int64_t batch, int64_t head,
@@ -123,10 +138,10 @@ template <typename T>
 inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
                         int64_t size) {
   const Places& p = *unit.places;
-  const bool scattered = p.listed > 0 || a.key_layout.page_table != nullptr;
-  if (kTileRegisters && size < kKeyTile && !scattered) return;
+  const bool in_a_row = p.listed == 0 && a.key_layout.page_table == nullptr;
+  if (kTileRegisters && size < kKeyTile && in_a_row) return;
   const int64_t one = kTileRegisters ? 2 * kKeyTile : size;
-  begin += !scattered ? 2 * size : p.listed > 0 && p.unit < size ? one : 4 * size;
+  begin += in_a_row ? 2 * size : p.listed > 0 && p.unit < size ? one : 4 * size;
   const AttentionUnit* u = in_following(unit, begin);
   const int64_t left = u->slot_end - begin;
   const auto run_at = [u](int64_t place) { return run_of(*u, place); };
@@ -166,6 +181,35 @@ class Prefetcher {
   int64_t bytes_;
   const char *line_ = nullptr, *end_ = nullptr;
 };
+
+// How many rows of a tile of scattered slots lie one after another; 1 where all do, too.
+inline int64_t rows_together(const AttentionArgs& a, const Places& p, int64_t size) {
+  int64_t run = size;
+  if (p.listed > 0 && p.unit < run) run = p.unit;
+  if (a.key_layout.page_table != nullptr && a.key_layout.page_size < run)
+    run = a.key_layout.page_size;
+  return run < size ? run : 1;
+}
+
+// The order in which a tile's rows are asked for. Of runs of several, in pages, one row of each in
+// turn: several pages at once come faster than one after another (measured).
+template <typename T>
+inline Prefetcher<T> ask_for(const Tile<T>& tile, int64_t run, int64_t D, const T** in_turn) {
+  const int64_t count = 2 * tile.size;
+  if (run == 1) {
+    const auto in_a_row = [&](const T* const* rows) {
+      return reinterpret_cast<int64_t>(rows[tile.size - 1]) - reinterpret_cast<int64_t>(rows[0]) ==
+             (tile.size - 1) * D * static_cast<int64_t>(sizeof(T));
+    };
+    if (!in_a_row(tile.keys()) || !in_a_row(tile.values())) return {tile.rows, count, D};
+    in_turn[0] = tile.keys()[0];  // as two long rows: less to do at every step
+    in_turn[1] = tile.values()[0];
+    return {in_turn, 2, tile.size * D};
+  }
+  for (int64_t first = 0, i = 0; first < run; ++first)
+    for (int64_t at = first; at < count; at += run) in_turn[i++] = tile.rows[at];
+  return {in_turn, count, D};
+}
 
 // A row of a unit: the batch row that it belongs to, and which of its packed rows it is.
 struct UnitRow {
