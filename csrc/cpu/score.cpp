@@ -18,10 +18,19 @@ namespace {
 constexpr int64_t kKeysPerUnit = 16 * kKeyTile;
 constexpr int64_t kRowsPerLse = 48;  // query rows of one pass over the keys
 
+// With up to eight rows vectors are as fast as tile registers (measured).
+const ScoreKernels& kernels_for(const ScoreArgs& args, int64_t rows) {
+#if defined(__x86_64__)
+  if (current_isa() == Isa::amx_bf16 && args.type == DType::bf16 && args.D % 32 == 0 && rows > 8)
+    return amx_bf16::score_kernels;
+#endif
+  return BW_KERNELS(score_kernels);
+}
+
 // Runs units, each over its keys; those of one head lie together.
 void run_units(const ScoreArgs& args, const std::vector<ScoreUnit>& units, int64_t most_rows,
                bool lse) {
-  const ScoreKernels& k = BW_KERNELS(score_kernels);
+  const ScoreKernels& k = kernels_for(args, most_rows);
   int64_t work = 0;
   for (const ScoreUnit& u : units) work += (u.end - u.begin) * (u.tokens * u.heads + 4) * args.D;
   run_guided(static_cast<int64_t>(units.size()), score_scratch(most_rows, args.D), work < (1 << 18),

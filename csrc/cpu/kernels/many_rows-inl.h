@@ -241,7 +241,7 @@ void run_many_rows(const AttentionArgs& a, const AttentionUnit& u, const float* 
       return RowBounds{all.node + first, all.low + first, all.word + first};
     };
     if constexpr (kTileRegisters) {
-      typename M::Ahead evenly(ahead, size, a.D, rows);
+      auto evenly = M::asks(ahead, size, a.D, rows);
       const auto operands = M::operands(*tile, a.D, converted, evenly);
       for_each_group(rows, [&](int64_t first, int nv) {
         const auto attend = [&](auto vectors) {

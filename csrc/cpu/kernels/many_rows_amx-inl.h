@@ -8,14 +8,14 @@
 #include "cpu/kernels/many_rows-inl.h"
 
 // 16 keys, so many bytes apart.
-struct KeyTile {
+struct KeyRows {
   const void* data;
   int64_t bytes_apart;
 };
 
 // A tile of slots as the products read it.
 struct TileOperands {
-  KeyTile keys[kKeyTile / kTileRows];
+  KeyRows keys[kKeyTile / kTileRows];
   const float* values;  // [slots / 32][D / 16] tiles of 16 pairs of slots
 };
 
@@ -28,16 +28,13 @@ inline int64_t slots_in_registers(int64_t rows, int64_t D) {
 }
 
 // Asks for the next tile's lines while this one is computed, at an even pace, as a core has few
-// requests to memory under way at once, and what it does not ask for in time it waits for. One line
-// beside each two that are interleaved; the others shared out over the products and the softmax.
+// requests to memory under way at once, and what it does not ask for in time it waits for.
+template <typename T>
 class EvenAsks {
  public:
-  EvenAsks(const Prefetcher<Bf16>& ahead, int64_t slots, int64_t D, int64_t rows) : ahead_(ahead) {
-    const int64_t vectors = padded_rows(rows) / kLanes, chunks = slots / 2 * (D / (2 * kLanes));
-    const int64_t lines = 4 * chunks, products = vectors * chunks / 4;
-    const int64_t asks = products + vectors * slots / 2;
-    pace_ = static_cast<int>((kLine * (lines - chunks) + asks - 1) / asks);
-  }
+  // So many lines in so many steps.
+  EvenAsks(const Prefetcher<T>& ahead, int64_t lines, int64_t steps)
+      : ahead_(ahead), pace_(static_cast<int>((kLine * lines + steps - 1) / steps)) {}
   void line() { ahead_.step(); }
   void step() {
     for (due_ += pace_; due_ >= kLine; due_ -= kLine) ahead_.step();
@@ -45,31 +42,41 @@ class EvenAsks {
 
  private:
   static constexpr int kLine = 16;
-  Prefetcher<Bf16> ahead_;
+  Prefetcher<T> ahead_;
   int pace_, due_ = 0;  // in parts of a line
 };
 
-// Keys at even distances are used where they lie, others copied to `buffer`, then values
-// interleaved; as make_key_lines and make_value_lines.
+// For a tile of keys and values: one line beside each two that are interleaved, the others shared
+// out over the products and the softmax.
+inline EvenAsks<Bf16> asks_of_tile(const Prefetcher<Bf16>& ahead, int64_t slots, int64_t D,
+                                   int64_t rows) {
+  const int64_t vectors = padded_rows(rows) / kLanes, chunks = slots / 2 * (D / (2 * kLanes));
+  const int64_t products = vectors * chunks / 4;
+  return {ahead, 3 * chunks, products + vectors * slots / 2};
+}
+
+// 16 keys where they lie at even distances, else copied to `copy`.
+inline KeyRows key_rows(const Bf16* const* rows, int64_t D, Bf16* copy) {
+  const int64_t apart = reinterpret_cast<int64_t>(rows[1]) - reinterpret_cast<int64_t>(rows[0]);
+  int64_t off = 0;
+  for (int64_t r = 2; r < kTileRows; ++r)
+    off |= reinterpret_cast<int64_t>(rows[r]) - reinterpret_cast<int64_t>(rows[r - 1]) - apart;
+  if (off == 0) return {rows[0], apart};
+  for (int64_t r = 0; r < kTileRows; ++r)
+    for (int64_t d = 0; d < D; d += 2 * kLanes)
+      store(reinterpret_cast<float*>(copy + r * D + d), load_as<f32v>(rows[r] + d));
+  return {copy, D * static_cast<int64_t>(sizeof(Bf16))};
+}
+
+// Keys as key_rows has them, then values interleaved.
 inline TileOperands make_operands(const Tile<Bf16>& tile, int64_t D, float* buffer,
-                                  EvenAsks& ahead) {
+                                  EvenAsks<Bf16>& ahead) {
   TileOperands made;
   Bf16* copy = reinterpret_cast<Bf16*>(buffer);
-  for (int64_t i = 0; i < tile.size; i += kTileRows, copy += kTileRows * D) {
-    const Bf16* const* rows = tile.keys() + i;
-    const int64_t apart = reinterpret_cast<int64_t>(rows[1]) - reinterpret_cast<int64_t>(rows[0]);
-    int64_t off = 0;
-    for (int64_t r = 2; r < kTileRows; ++r)
-      off |= reinterpret_cast<int64_t>(rows[r]) - reinterpret_cast<int64_t>(rows[r - 1]) - apart;
-    made.keys[i / kTileRows] = {rows[0], apart};
-    if (off == 0) continue;
-    for (int64_t r = 0; r < kTileRows; ++r)
-      for (int64_t d = 0; d < D; d += 2 * kLanes)
-        store(reinterpret_cast<float*>(copy + r * D + d), load_as<f32v>(rows[r] + d));
-    made.keys[i / kTileRows] = {copy, D * static_cast<int64_t>(sizeof(Bf16))};
-  }
+  for (int64_t i = 0; i < tile.size; i += kTileRows)
+    made.keys[i / kTileRows] = key_rows(tile.keys() + i, D, copy + i * D);
   float* values = buffer + kKeyTile * D / 2;
-  EvenAsks local = ahead;
+  auto local = ahead;
   for (int64_t i = 0; i < round_up(tile.count, 2 * kLanes); i += 2) {
     float* to = values + i / 2 / kTileRows * kTileRows * D + i / 2 % kTileRows * kLanes;
     for (int64_t d = 0; d < D; d += 2 * kLanes, to += 2 * kTileFloats) {
@@ -87,10 +94,10 @@ inline TileOperands make_operands(const Tile<Bf16>& tile, int64_t D, float* buff
 
 // scores^T[slot][row] of a whole tile, NV vectors of rows. As the second product not inlined: each
 // needs the registers for its addresses.
-template <int NV>
-[[gnu::noinline]] void score_tiles(const float* query, const TileOperands& tile, int64_t count,
-                                   int64_t D, float* scores, EvenAsks& ahead) {
-  EvenAsks local = ahead;
+template <int NV, typename T>
+[[gnu::noinline]] void score_tiles(const float* query, const KeyRows* keys, int64_t count,
+                                   int64_t D, float* scores, EvenAsks<T>& ahead) {
+  auto local = ahead;
   constexpr int64_t ld = NV * kLanes, kApart = ld * sizeof(float);
   constexpr int NS = 2, kKey = 4;
   for (int64_t i = 0; i * kTileRows < count; i += NS) {
@@ -102,8 +109,7 @@ template <int NV>
       });
       unrolled<NS>([&](auto s) {
         constexpr int S = decltype(s)::value;
-        const KeyTile& keys = tile.keys[i + S];
-        load_tile<kKey>(static_cast<const Bf16*>(keys.data) + d, keys.bytes_apart);
+        load_tile<kKey>(static_cast<const Bf16*>(keys[i + S].data) + d, keys[i + S].bytes_apart);
         unrolled<NV>([&](auto v) {
           constexpr int V = decltype(v)::value;
           multiply_tiles<S * NV + V, kKey, kKey + 1 + V>();
@@ -139,11 +145,11 @@ void transpose_probs(const float* scores, int64_t pairs, float* probs) {
 // out[row][d ..] += sum over the tile's slots, NB times 16 values of the head dim.
 template <int NV, int NB>
 [[gnu::noinline]] void add_tiles(const float* probs, const float* values, int64_t pairs, int64_t D,
-                                 int64_t d, float* out, int64_t ld, EvenAsks& ahead) {
+                                 int64_t d, float* out, int64_t ld, EvenAsks<Bf16>& ahead) {
   constexpr int kProbs = NV * NB, kValue = kProbs + NV;
   const int64_t apart = ld * static_cast<int64_t>(sizeof(float));
   const auto place = [&](int v, int b) { return out + v * kTileRows * ld + d + b * kLanes; };
-  EvenAsks local = ahead;
+  auto local = ahead;
   unrolled<NV>([&](auto v) {
     unrolled<NB>([&](auto b) {
       constexpr int V = decltype(v)::value, B = decltype(b)::value;
@@ -177,13 +183,13 @@ template <int NV, int NB>
 // A tile of slots for a group of NV vectors of rows, whose partial results lie row after row.
 template <int NV>
 void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf16>& tile,
-                  const TileOperands& operands, EvenAsks& ahead, const float* query,
+                  const TileOperands& operands, EvenAsks<Bf16>& ahead, const float* query,
                   const RowBounds& rows, int64_t hidden, float* scores, float* out, int64_t ld,
                   float* row_max, float* row_sum) {
   f32v alpha[NV];
   const int64_t pairs = (tile.count + 1) / 2;
-  score_tiles<NV>(query, operands, tile.count, a.D, scores, ahead);
-  EvenAsks local = ahead;  // in registers
+  score_tiles<NV>(query, operands.keys, tile.count, a.D, scores, ahead);
+  auto local = ahead;  // in registers
   weigh_tile<Bf16Product, NV>(a, u, tile.begin, tile.count, rows, NV * kLanes, hidden, scores,
                               alpha, row_max, row_sum, [&] { local.step(); });
   ahead = local;
@@ -212,9 +218,13 @@ void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf1
 // The product of this form: of bf16, and a head dim of 32, 64, 96, ...
 struct AmxProduct : Bf16Product {
   using InUse = TilesInUse;
-  using Ahead = EvenAsks;
+  static EvenAsks<Bf16> asks(const Prefetcher<Bf16>& ahead, int64_t slots, int64_t D,
+                             int64_t rows) {
+    return asks_of_tile(ahead, slots, D, rows);
+  }
   static int64_t slots(int64_t rows, int64_t D) { return slots_in_registers(rows, D); }
-  static TileOperands operands(const Tile<Bf16>& tile, int64_t D, float* buffer, EvenAsks& ahead) {
+  static TileOperands operands(const Tile<Bf16>& tile, int64_t D, float* buffer,
+                               EvenAsks<Bf16>& ahead) {
     return make_operands(tile, D, buffer, ahead);
   }
   template <int NV, typename... Args>

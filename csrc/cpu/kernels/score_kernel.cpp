@@ -9,6 +9,9 @@ namespace branchwise::BW_ISA {
 namespace {
 
 #include "cpu/kernels/pack-inl.h"
+#if defined(__AMX_BF16__)
+#include "cpu/kernels/many_rows_amx-inl.h"
+#endif
 
 // T is the type of queries here and below, K that of keys.
 template <typename K>
@@ -60,6 +63,46 @@ void many_scores(const Lines<M>& tile, P& ahead, const float* query, int64_t D, 
   out->slots_per_vector = 1;
 }
 
+#if defined(__AMX_BF16__)
+// Keys of a tile: as bf16, 32 of 256 values leave the first cache level room.
+constexpr int64_t kAmxKeys = 2 * kTileRows;
+
+// 16 keys as the products read them; lines of e4m3 are asked for while others are converted.
+inline KeyRows tile_rows(const Bf16* const* rows, int64_t D, Bf16* copy, EvenAsks<Bf16>&) {
+  return key_rows(rows, D, copy);
+}
+inline KeyRows tile_rows(const E4m3* const* rows, int64_t D, Bf16* wide, EvenAsks<E4m3>& ahead) {
+  auto local = ahead;
+  for (int64_t r = 0; r < kTileRows; ++r)
+    for (int64_t d = 0; d < D; d += 2 * kLanes) {
+      if (begins_line<E4m3>(d)) local.line();
+      const auto x = Bf16Product::row(rows[r] + d);
+      __builtin_memcpy(wide + r * D + d, &x, sizeof x);
+    }
+  ahead = local;
+  return {wide, D * static_cast<int64_t>(sizeof(Bf16))};
+}
+
+// Calls f(scores of a tile, number of its first row) for the groups of rows.
+template <typename K, typename F>
+void tile_scores(const KeyTile<K>& tile, const Prefetcher<K>& ahead, const float* query,
+                 int64_t rows, int64_t D, float* converted, float* scores, const F& f) {
+  constexpr bool kConverts = !__is_same(K, Bf16);
+  const int64_t lines = kConverts ? 0 : kAmxKeys * D / Prefetcher<K>::kValues;
+  EvenAsks<K> asks(ahead, lines, padded_rows(rows) * kAmxKeys * D / (2 * kTileRows * kTileFloats));
+  KeyRows keys[kAmxKeys / kTileRows];
+  Bf16* wide = reinterpret_cast<Bf16*>(converted);
+  for (int64_t i = 0; i < kAmxKeys; i += kTileRows)
+    keys[i / kTileRows] = tile_rows(tile.keys + i, D, wide + i * D, asks);
+  for_each_group(rows, [&](int64_t first, int nv) {
+    const float* group = query + first * D;
+    nv == 2 ? score_tiles<2>(group, keys, tile.count, D, scores, asks)
+            : score_tiles<1>(group, keys, tile.count, D, scores, asks);
+    f(TileScores{scores, tile.count, nv, 1}, first);
+  });
+}
+#endif
+
 LaneRows lane_rows(const ScoreArgs& a, const ScoreUnit& u, int64_t first, int64_t slots) {
   const int64_t rows = static_cast<int64_t>(u.tokens) * u.heads, G = a.Hq / a.Hkv;
   float lse2[kLanes], weight[kLanes];
@@ -91,12 +134,17 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
            (u.kv_head * G + head) * a.q_stride[1] + t * a.q_stride[2];
   });
   // In scratch, behind the maxima and sums that lse_typed keeps there.
-  const int64_t padded = padded_rows(rows), slots = rows <= kFewRows ? few_slots(rows) : 1;
+  const bool few = !kTileRegisters && rows <= kFewRows;
+  const int64_t padded = padded_rows(rows), slots = few ? few_slots(rows) : 1;
   auto* of = reinterpret_cast<LaneRows*>(converted + kKeyTile * D + 2 * padded);
   for (int64_t first = 0; first < rows; first += kLanes)
     of[first / kLanes] = lane_rows(a, u, first, slots);
-  const int64_t size =
-      rows <= kFewRows ? small_tile(D * static_cast<int64_t>(sizeof(K))) : kKeyTile;
+#if defined(__AMX_BF16__)
+  const TilesInUse in_use;
+  constexpr int64_t size = kAmxKeys;
+#else
+  const int64_t size = few ? small_tile(D * static_cast<int64_t>(sizeof(K))) : kKeyTile;
+#endif
   const auto find = [&](int64_t begin, KeyTile<K>* tile) {
     const int64_t left = u.end - begin;
     tile->begin = begin;
@@ -114,10 +162,17 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
     KeyTile<K>* next = tiles + (at ^ 1);
     find(tile->begin + size, next);
     Prefetcher<K> ahead(next->keys, next->count, D);
+    const auto columns = [&](const TileScores& found, int64_t first) {
+      for (int v = 0; v < found.columns; ++v)
+        f(found, v, of[first / kLanes + v], first + v * kLanes, tile->begin, tile->count);
+    };
+#if defined(__AMX_BF16__)
+    tile_scores(*tile, ahead, query, rows, D, converted, scores, columns);
+#else
     TileScores found{scores, 0, 0, 0};
-    if (rows <= kFewRows) {
+    if (few) {
       few_scores<K, M>(*tile, ahead, query, rows, D, &found);
-      f(found, 0, of[0], 0, tile->begin, tile->count);
+      columns(found, 0);
     } else {
       Lines<M> lines;
       lines.begin = tile->begin;
@@ -128,10 +183,10 @@ void for_each_column(const ScoreArgs& a, const ScoreUnit& u, float* scratch, con
                           : nv == 2 ? many_scores<M, 2, Prefetcher<K>>
                                     : many_scores<M, 1, Prefetcher<K>>;
         call(lines, ahead, query + first * D, D, &found);
-        for (int v = 0; v < nv; ++v)
-          f(found, v, of[first / kLanes + v], first + v * kLanes, tile->begin, tile->count);
+        columns(found, first);
       });
     }
+#endif
   }
 }
 
@@ -262,11 +317,15 @@ void lse_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
 
 template <typename F>
 void by_product(const ScoreArgs& a, F f) {
+#if defined(__AMX_BF16__)
+  a.e4m3_keys ? f(Bf16{}, E4m3{}, AmxProduct{}) : f(Bf16{}, Bf16{}, AmxProduct{});
+#else
   by_type(a.type, [&](auto type) {
     with_product<decltype(type)>(a.D, [&](auto product) {
       a.e4m3_keys ? f(type, E4m3{}, product) : f(type, type, product);
     });
   });
+#endif
 }
 
 void reduce_rows(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {

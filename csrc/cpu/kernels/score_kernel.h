@@ -64,5 +64,8 @@ extern const ScoreKernels score_kernels;
 namespace avx512_bf16 {
 extern const ScoreKernels score_kernels;
 }
+namespace amx_bf16 {  // of bf16 queries, D a multiple of 32
+extern const ScoreKernels score_kernels;
+}
 
 }  // namespace branchwise
