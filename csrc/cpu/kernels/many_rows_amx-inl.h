@@ -19,14 +19,6 @@ struct TileOperands {
   const float* values;  // [slots / 32][D / 16] tiles of 16 pairs of slots
 };
 
-// Slots of a tile. Its keys and values, the values interleaved, what it is multiplied with and the
-// outputs of a group should fit into the first cache level: requests to the second wait with those
-// to memory, for which a core has few places. Where they don't fit, larger tiles load and store
-// outputs less often.
-inline int64_t slots_in_registers(int64_t rows, int64_t D) {
-  return rows <= 2 * kTileRows && D > 64 && D <= 128 ? kKeyTile / 2 : kKeyTile;
-}
-
 // Asks for the next tile's lines while this one is computed, at an even pace, as a core has few
 // requests to memory under way at once, and what it does not ask for in time it waits for.
 template <typename T>
@@ -45,15 +37,6 @@ class EvenAsks {
   Prefetcher<T> ahead_;
   int pace_, due_ = 0;  // in parts of a line
 };
-
-// For a tile of keys and values: one line beside each two that are interleaved, the others shared
-// out over the products and the softmax.
-inline EvenAsks<Bf16> asks_of_tile(const Prefetcher<Bf16>& ahead, int64_t slots, int64_t D,
-                                   int64_t rows) {
-  const int64_t vectors = padded_rows(rows) / kLanes, chunks = slots / 2 * (D / (2 * kLanes));
-  const int64_t products = vectors * chunks / 4;
-  return {ahead, 3 * chunks, products + vectors * slots / 2};
-}
 
 // 16 keys where they lie at even distances, else copied to `copy`.
 inline KeyRows key_rows(const Bf16* const* rows, int64_t D, Bf16* copy) {
@@ -218,11 +201,21 @@ void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf1
 // The product of this form: of bf16, and a head dim of 32, 64, 96, ...
 struct AmxProduct : Bf16Product {
   using InUse = TilesInUse;
+  // Slots of a tile. Its keys and values, the values interleaved, what it is multiplied with and
+  // the outputs of a group should fit into the first cache level: requests to the second wait with
+  // those to memory, for which a core has few places. Where they don't fit, larger tiles load and
+  // store outputs less often.
+  static int64_t slots(int64_t rows, int64_t D) {
+    return rows <= 2 * kTileRows && D > 64 && D <= 128 ? kKeyTile / 2 : kKeyTile;
+  }
+  // One line beside each two that are interleaved, the others shared out over the products and the
+  // softmax.
   static EvenAsks<Bf16> asks(const Prefetcher<Bf16>& ahead, int64_t slots, int64_t D,
                              int64_t rows) {
-    return asks_of_tile(ahead, slots, D, rows);
+    const int64_t vectors = padded_rows(rows) / kLanes, chunks = slots / 2 * (D / (2 * kLanes));
+    const int64_t products = vectors * chunks / 4;
+    return {ahead, 3 * chunks, products + vectors * slots / 2};
   }
-  static int64_t slots(int64_t rows, int64_t D) { return slots_in_registers(rows, D); }
   static TileOperands operands(const Tile<Bf16>& tile, int64_t D, float* buffer,
                                EvenAsks<Bf16>& ahead) {
     return make_operands(tile, D, buffer, ahead);
