@@ -15,6 +15,7 @@
 #endif
 
 #include "common/check.h"
+#include "cpu/kernels/memory.h"
 
 namespace branchwise {
 namespace {
@@ -69,7 +70,19 @@ Isa find_best_isa() {
 #endif
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+extern const bool amd_memory;
+const bool amd_memory = is_amd();
 
 Isa best_isa() {
   static const Isa best = find_best_isa();

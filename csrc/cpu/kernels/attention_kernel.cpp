@@ -1,6 +1,8 @@
 // Attention for one ISA level (BW_ISA); see attention_kernel.h for the plan.
 #include "cpu/kernels/attention_kernel.h"
 
+#include "cpu/kernels/memory.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -1,6 +1,8 @@
 // Scores and summaries for one ISA level (BW_ISA); the products are those of attention.
 #include "cpu/kernels/score_kernel.h"
 
+#include "cpu/kernels/memory.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

@@ -121,9 +121,11 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
 
 template <typename T>
 inline void prefetch(const T* p) {
-  // Into the second cache level: requests for the first hold up the loads beside them, and where
-  // tile registers are used, a tile of slots is larger than it.
-  __builtin_prefetch(p, 0, 2);
+  // Into the second cache level on Intel: requests for the first hold up the loads beside them.
+  if (amd_memory)
+    __builtin_prefetch(p, 0, 3);
+  else
+    __builtin_prefetch(p, 0, 2);
   // gcc takes a function that only prefetches for one without effect, and drops calls to it.
   asm volatile("" : : "r"(p));
 }
@@ -139,7 +141,7 @@ inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64
                         int64_t size) {
   const Places& p = *unit.places;
   const bool in_a_row = p.listed == 0 && a.key_layout.page_table == nullptr;
-  if (kTileRegisters && size < kKeyTile && in_a_row) return;
+  if (in_a_row && (amd_memory || (kTileRegisters && size < kKeyTile))) return;
   const int64_t one = kTileRegisters ? 2 * kKeyTile : size;
   begin += in_a_row ? 2 * size : p.listed > 0 && p.unit < size ? one : 4 * size;
   const AttentionUnit* u = in_following(unit, begin);
@@ -184,6 +186,7 @@ class Prefetcher {
 
 // How many rows of a tile of scattered slots lie one after another; 1 where all do, too.
 inline int64_t rows_together(const AttentionArgs& a, const Places& p, int64_t size) {
+  if (amd_memory) return 1;
   int64_t run = size;
   if (p.listed > 0 && p.unit < run) run = p.unit;
   if (a.key_layout.page_table != nullptr && a.key_layout.page_size < run)
