@@ -3,6 +3,7 @@ Works on the modules, not on copies."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -138,13 +139,13 @@ class InvariantMeans(TorchDispatchMode):
 
 def faster_rows() -> range:
     """For how many rows in fp32 ``invariant_linear`` is faster than torch's linear layers on this CPU, by measurements
-    (docs/kernels-figures.md). On AMD's torch's are slow for few rows, and without AVX2 ours for more than a few."""
+    (docs/kernels-figures.md). On AMD's torch's are slow, and without AVX2 ours for more than a few."""
     isa, _ = ops.cpu_isa()
     if isa == "baseline":
         return range(0)
     if not _mkl_on_amd():
         return range(4, 25)
-    return range(1, 129 if isa == "avx2" else 257)
+    return range(1, 129 if isa == "avx2" else sys.maxsize)
 
 
 @cache
