@@ -121,7 +121,7 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
 
 template <typename T>
 inline void prefetch(const T* p) {
-  // Into the second cache level on Intel: requests for the first hold up the loads beside them.
+  // On Intel's CPUs into the second cache level: requests for the first hold up loads beside them.
   if (amd_memory)
     __builtin_prefetch(p, 0, 3);
   else
@@ -133,9 +133,10 @@ inline void prefetch(const T* p) {
 // Asks for the first line of each run of a tile to come, behind the one at `begin`. Presumably its
 // pages are in the TLB then when its lines are asked for; else scattered ones wait for memory
 // twice, one after the other. Four tiles ahead is best; for listed units shorter than a tile, of
-// which there are many, one (128 slots in tile registers); and for slots in a row two: further
-// ahead costs a machine with AMX a fifth of its bandwidth (measured; presumably its own prefetchers
-// are led astray), and where small tiles ask for every line in time, any of it costs.
+// which there are many, one (128 slots in tile registers); and for slots in a row two on Intel's
+// CPUs: further ahead costs a machine with AMX a fifth of its bandwidth (measured; presumably its
+// own prefetchers are led astray), and where small tiles ask for every line in time, or on AMD's
+// CPUs, any of it costs.
 template <typename T>
 inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
                         int64_t size) {
@@ -184,7 +185,8 @@ class Prefetcher {
   const char *line_ = nullptr, *end_ = nullptr;
 };
 
-// How many rows of a tile of scattered slots lie one after another; 1 where all do, too.
+// How many rows of a tile of scattered slots lie one after another; 1 where all do, too, and where
+// they are not asked for in turn.
 inline int64_t rows_together(const AttentionArgs& a, const Places& p, int64_t size) {
   if (amd_memory) return 1;
   int64_t run = size;
