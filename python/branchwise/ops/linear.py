@@ -29,7 +29,7 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Source: our own. CPU and CUDA.
     """
     refuse_grad("invariant_linear", x, weight, bias)
-    return torch.ops.branchwise.invariant_linear(x, weight, bias)
+    return torch.ops.branchwise.invariant_linear.default(x, weight, bias)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
