@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace branchwise {
 
@@ -41,25 +42,41 @@ class Buffer {
 };
 inline thread_local Buffer workspace_buffer, scratch_buffer;
 
-// Calls f(item, scratch). Threads take runs of items, long ones first: what lies together in memory
-// is mostly read by one thread, and a long row does not hold up the others.
+// Calls f(item, scratch). Every thread has a share of the items, the same one whenever a call is
+// repeated, since what it read may still be in its core's caches; it takes half of what is left of
+// it at a time, so that a long row does not hold up the others, and then items of others' shares.
 template <typename F>
 void run_guided(int64_t items, int64_t scratch, bool serial, const F& f) {
   const int64_t workers = serial ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
+  if (workers <= 1) {
     float* buffer = scratch_buffer.reserve(scratch);
-    int64_t begin = next.load();
-    while (begin < items) {
-      const int64_t end = begin + std::max<int64_t>(1, (items - begin) / (2 * workers));
-      if (!next.compare_exchange_weak(begin, end)) continue;
-      for (int64_t i = begin; i < end; ++i) f(i, buffer);
-      begin = next.load();
+    for (int64_t i = 0; i < items; ++i) f(i, buffer);
+    return;
+  }
+  struct alignas(64) Share {  // of a cache line of its own
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(workers);
+  for (int64_t w = 0; w < workers; ++w) {
+    shares[w].next.store(items * w / workers, std::memory_order_relaxed);
+    shares[w].end = items * (w + 1) / workers;
+  }
+  const auto work = [&](int64_t worker) {
+    float* buffer = scratch_buffer.reserve(scratch);
+    for (int64_t v = 0; v < workers; ++v) {
+      Share& share = shares[(worker + v) % workers];
+      int64_t begin = share.next.load();
+      while (begin < share.end) {
+        const int64_t end = begin + (v == 0 ? (share.end - begin + 1) / 2 : 1);
+        if (!share.next.compare_exchange_weak(begin, end)) continue;
+        for (int64_t i = begin; i < end; ++i) f(i, buffer);
+        begin = share.next.load();
+      }
     }
   };
-  if (workers <= 1) return work();
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) work();
+    for (int64_t w = begin; w < end; ++w) work(w);
   });
 }
 
