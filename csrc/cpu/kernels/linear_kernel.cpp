@@ -32,7 +32,7 @@ struct ProductOf<Bf16> {
 };
 #endif
 
-// Of a packed row.
+// Floats of a packed row.
 template <typename Product>
 int64_t row_floats(int64_t K) {
   return steps<Product>(K) * kLanes;

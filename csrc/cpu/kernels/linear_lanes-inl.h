@@ -22,7 +22,7 @@ constexpr int kMostBlocks = kRegisters == 32 ? 3 : 2;
 // vectors the columns at hand must fit the first cache level.
 constexpr int64_t kMostSteps = kRegisters == 32 ? 48 : 96;
 
-// Of a packed row.
+// Vectors of a packed row.
 template <typename P>
 int64_t steps(int64_t K) {
   constexpr int64_t kStep = kLanes * P::kPack;
@@ -149,7 +149,7 @@ void transpose_sums(const float* sums, float* results) {
       for (int b = first; b < NB && b < first + kLanes; ++b)
         columns[b - first] = load(sums + (b * NV + v) * kLanes);
       transpose(columns);
-      // Whole vectors: what is too much, the next columns overwrite.
+      // Whole vectors: what is too much is not read.
       for (int r = 0; r < kLanes; ++r) store(results + r * kResultStride + first, columns[r]);
     }
   }

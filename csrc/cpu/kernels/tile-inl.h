@@ -121,7 +121,7 @@ inline void find_tile(const AttentionArgs& a, const AttentionUnit& unit, int64_t
 
 template <typename T>
 inline void prefetch(const T* p) {
-  // On Intel's CPUs into the second cache level: requests for the first hold up loads beside them.
+  // See memory.h. Requests for the first cache level can hold up the loads beside them.
   if (amd_memory)
     __builtin_prefetch(p, 0, 3);
   else
