@@ -1,5 +1,9 @@
 // The tile registers of AMX: eight tiles of 16 rows of 64 bytes. Register numbers are template
 // arguments, so that loops over them unroll into instructions.
+//
+// No kernel uses more than four, two of them for sums. The two hyperthreads of a core share what
+// stands behind the registers: where the other one's are in use as well, a product and its load
+// take four times as long with eight registers, and twice as long with four (measured).
 #pragma once
 
 #include "cpu/kernels/vec-inl.h"

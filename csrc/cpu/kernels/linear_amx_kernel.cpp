@@ -90,49 +90,41 @@ void write(const LinearArgs& a, const float* sums, int64_t m, int64_t n) {
 [[gnu::always_inline]] inline void ask(const LinearArgs& a, int64_t n, int64_t step) {
   const int64_t all = steps(a.K);
   if (step >= all) step -= all, n += kColumns;
-  if (step >= all || n + kColumns > a.N) return;
+  if (step >= all || n + kTile > a.N) return;
   const int64_t stride = a.weight_stride * static_cast<int64_t>(sizeof(Bf16));
   const auto* line = reinterpret_cast<const char*>(static_cast<const Bf16*>(a.weight) +
                                                    n * a.weight_stride + step * kStep);
-#pragma GCC unroll 32
-  for (int64_t r = 0; r < kColumns; ++r) __builtin_prefetch(line + r * stride, 0, 3);
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < kTile; ++r) __builtin_prefetch(line + r * stride, 0, 3);
 }
 
 constexpr int64_t kAhead = 4;  // steps
 
-// A block of columns, one or two blocks of rows of x, and the steps [first, last) along K; `sums`
-// holds what earlier steps gave, and takes what later ones go on from.
-template <bool Two>
-void product(const LinearArgs& a, const float* x, int64_t m, int64_t n, int64_t first, int64_t last,
+// 16 columns, one or two blocks of rows of x, and the steps [first, last) along K; `sums` holds
+// what earlier steps gave, and takes what later ones go on from.
+template <int Blocks>
+void product(const LinearArgs& a, const float* x, int64_t n, int64_t first, int64_t last,
              float* sums, bool asks) {
   const int64_t floats = block_floats(a.type, a.K);
-  const bool wide = n + kTile < a.N;
-  unrolled<4>([&](auto i) {
-    constexpr int R = decltype(i)::value;
-    first == 0 ? clear_tile<R>() : load_tile<R>(sums + R * kTileFloats, kTileBytes);
+  const auto place = [&](int b) { return sums + b * 2 * kTileFloats; };
+  unrolled<Blocks>([&](auto b) {
+    constexpr int B = decltype(b)::value;
+    first == 0 ? clear_tile<B>() : load_tile<B>(place(B), kTileBytes);
   });
   for (int64_t step = first; step < last; ++step) {
-    const int64_t k = step * kStep;
     if (asks) ask(a, n, step + kAhead);
-    const WeightTile low(a, n, k), high(a, wide ? n + kTile : n, k);
-    load_tile<4>(low.data, low.stride);
-    load_tile<5>(high.data, high.stride);
-    load_tile<6>(x + step * kTileFloats, kTileBytes);
-    multiply_tiles<0, 4, 6>();
-    multiply_tiles<1, 5, 6>();
-    if constexpr (Two) {
-      load_tile<7>(x + floats + step * kTileFloats, kTileBytes);
-      multiply_tiles<2, 4, 7>();
-      multiply_tiles<3, 5, 7>();
-    }
+    const WeightTile weights(a, n, step * kStep);
+    load_tile<2>(weights.data, weights.stride);
+    unrolled<Blocks>([&](auto b) {
+      constexpr int B = decltype(b)::value;
+      load_tile<3>(x + B * floats + step * kTileFloats, kTileBytes);
+      multiply_tiles<B, 2, 3>();
+    });
   }
-  unrolled<4>([&](auto i) {
-    constexpr int R = decltype(i)::value;
-    store_tile<R>(sums + R * kTileFloats, kTileBytes);
+  unrolled<Blocks>([&](auto b) {
+    constexpr int B = decltype(b)::value;
+    store_tile<B>(place(B), kTileBytes);
   });
-  if (last < steps(a.K)) return;
-  write(a, sums, m, n);
-  if constexpr (Two) write(a, sums + 2 * kTileFloats, m + kTile, n);
 }
 
 constexpr int64_t kPairs = 8;    // of blocks of rows, at most, that pass by a stretch of weights
@@ -148,10 +140,15 @@ void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, i
     const int64_t stretch = until - begin > 2 ? kStretch : all;
     for (int64_t first = 0; first < all; first += stretch)
       for (int64_t block = begin; block < until; block += 2) {
-        const auto part = block + 1 < until ? product<true> : product<false>;
-        part(a, packed + block * floats, block * kTile, column * kColumns, first,
-             first + stretch < all ? first + stretch : all,
-             scratch + (block - begin) * 2 * kTileFloats, block == begin);
+        const bool two = block + 1 < until;
+        const int64_t last = first + stretch < all ? first + stretch : all, n = column * kColumns;
+        float* sums = scratch + (block - begin) * 2 * kTileFloats;
+        for (int64_t half = 0; half < 2 && n + half * kTile < a.N; ++half)
+          (two ? product<2> : product<1>)(a, packed + block * floats, n + half * kTile, first, last,
+                                          sums + half * kTileFloats, block == begin);
+        if (last < all) continue;
+        for (int64_t b = 0; b <= two; ++b)
+          write(a, sums + b * 2 * kTileFloats, (block + b) * kTile, n);
       }
   }
 }

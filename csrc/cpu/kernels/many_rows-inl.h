@@ -60,6 +60,11 @@ void mask_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t begin, in
   }
 }
 
+// In powers of two, how far scores may pass the maximum that they are compared with: with tile
+// registers outputs are scaled row by row, where it changes, and probabilities above 1 are no less
+// precise.
+constexpr float kSlack = kTileRegisters ? 8.f : 0.f;
+
 // Probabilities of one tile for one group of NV vectors of rows, before they are divided by their
 // sum; `alpha` takes what is there already down to the new maximum. Calls beside() once per vector
 // of elements.
@@ -93,7 +98,8 @@ inline void weigh_tile(const AttentionArgs& a, const AttentionUnit& u, int64_t b
       for (int i = 0; i < 4; ++i) highs[i] = max(highs[i], load(column + (next + i) * ld));
     for (; next < count; ++next) highs[0] = max(highs[0], load(column + next * ld));
     const f32v high = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
-    const f32v before = load(row_max + v * kLanes), top = max(before, high * scale);
+    const f32v before = load(row_max + v * kLanes), fresh = high * scale;
+    const f32v top = fresh > before + kSlack ? fresh : before;
     // A row that has seen nothing yet keeps max -inf; 0 instead keeps -inf minus -inf out.
     const f32v shift = top == -kInf ? f32v{} : top;
     alpha[v] = exp2(before - shift);

@@ -82,29 +82,20 @@ template <int NV, typename T>
                                    int64_t D, float* scores, EvenAsks<T>& ahead) {
   auto local = ahead;
   constexpr int64_t ld = NV * kLanes, kApart = ld * sizeof(float);
-  constexpr int NS = 2, kKey = 4;
-  for (int64_t i = 0; i * kTileRows < count; i += NS) {
-    unrolled<NS * NV>([](auto c) { clear_tile<decltype(c)::value>(); });
+  for (int64_t i = 0; i * kTileRows < count; ++i) {
+    unrolled<NV>([](auto v) { clear_tile<decltype(v)::value>(); });
     for (int64_t d = 0; d < D; d += 2 * kLanes) {
+      load_tile<2>(static_cast<const Bf16*>(keys[i].data) + d, keys[i].bytes_apart);
       unrolled<NV>([&](auto v) {
         constexpr int V = decltype(v)::value;
-        load_tile<kKey + 1 + V>(query + d / 2 * ld + V * kLanes, kApart);
-      });
-      unrolled<NS>([&](auto s) {
-        constexpr int S = decltype(s)::value;
-        load_tile<kKey>(static_cast<const Bf16*>(keys[i + S].data) + d, keys[i + S].bytes_apart);
-        unrolled<NV>([&](auto v) {
-          constexpr int V = decltype(v)::value;
-          multiply_tiles<S * NV + V, kKey, kKey + 1 + V>();
-          local.step();
-        });
+        load_tile<3>(query + d / 2 * ld + V * kLanes, kApart);
+        multiply_tiles<V, 2, 3>();
+        local.step();
       });
     }
-    unrolled<NS>([&](auto s) {
-      unrolled<NV>([&](auto v) {
-        constexpr int S = decltype(s)::value, V = decltype(v)::value;
-        store_tile<S * NV + V>(scores + (i + S) * kTileRows * ld + V * kLanes, kApart);
-      });
+    unrolled<NV>([&](auto v) {
+      constexpr int V = decltype(v)::value;
+      store_tile<V>(scores + i * kTileRows * ld + V * kLanes, kApart);
     });
   }
   ahead = local;
@@ -125,41 +116,31 @@ void transpose_probs(const float* scores, int64_t pairs, float* probs) {
     }
 }
 
-// out[row][d ..] += sum over the tile's slots, NB times 16 values of the head dim.
-template <int NV, int NB>
+// out[row][d ..] += sum over the tile's slots, 16 values of the head dim.
+template <int NV>
 [[gnu::noinline]] void add_tiles(const float* probs, const float* values, int64_t pairs, int64_t D,
-                                 int64_t d, float* out, int64_t ld, EvenAsks<Bf16>& ahead) {
-  constexpr int kProbs = NV * NB, kValue = kProbs + NV;
+                                 float* out, int64_t ld, EvenAsks<Bf16>& ahead) {
   const int64_t apart = ld * static_cast<int64_t>(sizeof(float));
-  const auto place = [&](int v, int b) { return out + v * kTileRows * ld + d + b * kLanes; };
   auto local = ahead;
-  unrolled<NV>([&](auto v) {
-    unrolled<NB>([&](auto b) {
-      constexpr int V = decltype(v)::value, B = decltype(b)::value;
-      load_tile<V * NB + B>(place(V, B), apart);
-    });
-  });
-  for (int64_t first = 0; first < pairs; first += kLanes) {
+  for (int64_t d = 0; d < D; d += kLanes) {
     unrolled<NV>([&](auto v) {
       constexpr int V = decltype(v)::value;
-      load_tile<kProbs + V>(probs + V * kTileRows * kPairs + first, kPairs * sizeof(float));
+      load_tile<V>(out + V * kTileRows * ld + d, apart);
     });
-    unrolled<NB>([&](auto b) {
-      constexpr int B = decltype(b)::value;
-      load_tile<kValue>(values + first * D + (d / kLanes + B) * kTileFloats, kTileBytes);
+    for (int64_t first = 0; first < pairs; first += kLanes) {
+      load_tile<2>(values + first * D + d / kLanes * kTileFloats, kTileBytes);
       unrolled<NV>([&](auto v) {
         constexpr int V = decltype(v)::value;
-        multiply_tiles<V * NB + B, kProbs + V, kValue>();
+        load_tile<3>(probs + V * kTileRows * kPairs + first, kPairs * sizeof(float));
+        multiply_tiles<V, 3, 2>();
         local.step();
       });
+    }
+    unrolled<NV>([&](auto v) {
+      constexpr int V = decltype(v)::value;
+      store_tile<V>(out + V * kTileRows * ld + d, apart);
     });
   }
-  unrolled<NV>([&](auto v) {
-    unrolled<NB>([&](auto b) {
-      constexpr int V = decltype(v)::value, B = decltype(b)::value;
-      store_tile<V * NB + B>(place(V, B), apart);
-    });
-  });
   ahead = local;
 }
 
@@ -190,12 +171,7 @@ void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf1
       for (int64_t d = 0; d < a.D; d += kLanes) store(row + d, load(row + d) * factors[r]);
     }
   }
-  constexpr int NB = 4 / NV;
-  int64_t d = 0;
-  for (; d + NB * kLanes <= a.D; d += NB * kLanes)
-    add_tiles<NV, NB>(probs, operands.values, pairs, a.D, d, out, ld, ahead);
-  if constexpr (NB == 4)
-    if (d < a.D) add_tiles<NV, 2>(probs, operands.values, pairs, a.D, d, out, ld, ahead);
+  add_tiles<NV>(probs, operands.values, pairs, a.D, out, ld, ahead);
 }
 
 // The product of this form: of bf16, and a head dim of 32, 64, 96, ...
