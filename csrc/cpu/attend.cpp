@@ -94,9 +94,7 @@ std::tuple<Tensor, Tensor> run_attention(AttentionCall& call, const std::vector<
     unfinished.push_back(first_unit[i + 1] - first_unit[i]);
 
   const int64_t block_rows = std::min(T, large_block) * G;
-  // Tile registers are mostly empty with 4 rows and fewer: 1.1 to 1.8 times the time (measured).
-  const AttentionKernels& k =
-      block_rows > 4 ? many_rows_kernels(args) : BW_KERNELS(attention_kernels);
+  const AttentionKernels& k = kernels_for(args, block_rows);
   // A short prefix is less work than waking the threads.
   const bool serial = slots_read * D * (block_rows + 4) < (1 << 18);
   const int64_t scratch = scratch_floats(block_rows, D);
