@@ -33,6 +33,28 @@ def test_matches_definition(case, dtype, isa):
     assert error(lse, exact_lse) <= 2e-6 * max(10.0, exact_lse.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("T", [1, 5, 40])
+@pytest.mark.parametrize("reach", [4.0, 60.0])
+@pytest.mark.parametrize("falling", [False, True])
+def test_scores_that_rise_and_fall_along_the_text(falling, reach, T, dtype, isa):
+    """Maxima move in every tile, by less than what outputs are scaled for and by more."""
+    torch.manual_seed(0)
+    P, D = 700, 64
+    query = torch.zeros(1, 2, T, D)
+    query[..., 0] = 8.0 * torch.linspace(0.5, 1, T)  # with the scale of 1 / 8, key[..., 0] is a score
+    key, value = torch.randn(1, 1, P + T, D), torch.randn(1, 1, P + T, D)
+    rise = torch.linspace(-reach, reach, P + T)
+    key[..., 0] = rise.flip(0) if falling else rise
+    inputs = (query.to(dtype), key.to(dtype), value.to(dtype), torch.tensor([P], dtype=torch.int32))
+    out, lse = ops.tree_attention(*inputs)
+    exact, exact_lse = tree_attention_reference(*inputs)
+    plain, _ = tree_attention_reference(*inputs, dtype=dtype)
+    floor = (exact.to(dtype).double() - exact).abs().max().item()
+    assert error(out, exact) <= 2 * error(plain, exact) + floor + 1e-6
+    assert error(lse, exact_lse) <= 2e-6 * max(10.0, exact_lse.abs().max().item())
+
+
 # Few rows and many, enough slots for several splits and threads, blocks of rows, one product per dtype.
 SPLIT_CASES = [
     Case(B=2, T=1, Hq=8, Hkv=2, D=128, prefix=3000),
