@@ -18,19 +18,24 @@ def error(actual, exact):
     return (actual.double() - exact).abs().max().item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_definition(case, dtype, isa):
+def check_against_definition(*args, **options):
     """Error at most twice that of the same formula in this dtype, plus its noise floor (flash-attention's rule)."""
-    inputs = attention_cases.make(case, dtype)
-    out, lse = ops.tree_attention(*inputs.args, **inputs.options)
-    exact, exact_lse = tree_attention_reference(*inputs.args, **inputs.options)
-    plain, _ = tree_attention_reference(*inputs.args, **inputs.options, dtype=dtype)
+    dtype = args[0].dtype
+    out, lse = ops.tree_attention(*args, **options)
+    exact, exact_lse = tree_attention_reference(*args, **options)
+    plain, _ = tree_attention_reference(*args, **options, dtype=dtype)
     assert out.dtype == dtype and lse.dtype == torch.float32
     floor = (exact.to(dtype).double() - exact).abs().max().item()
     assert error(out, exact) <= 2 * error(plain, exact) + floor + 1e-6
     # fp32 logits of size x carry a relative error of 1e-7 or so each
     assert error(lse, exact_lse) <= 2e-6 * max(10.0, exact_lse.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_definition(case, dtype, isa):
+    inputs = attention_cases.make(case, dtype)
+    check_against_definition(*inputs.args, **inputs.options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -46,13 +51,7 @@ def test_scores_that_rise_and_fall_along_the_text(falling, reach, T, dtype, isa)
     key, value = torch.randn(1, 1, P + T, D), torch.randn(1, 1, P + T, D)
     rise = torch.linspace(-reach, reach, P + T)
     key[..., 0] = rise.flip(0) if falling else rise
-    inputs = (query.to(dtype), key.to(dtype), value.to(dtype), torch.tensor([P], dtype=torch.int32))
-    out, lse = ops.tree_attention(*inputs)
-    exact, exact_lse = tree_attention_reference(*inputs)
-    plain, _ = tree_attention_reference(*inputs, dtype=dtype)
-    floor = (exact.to(dtype).double() - exact).abs().max().item()
-    assert error(out, exact) <= 2 * error(plain, exact) + floor + 1e-6
-    assert error(lse, exact_lse) <= 2e-6 * max(10.0, exact_lse.abs().max().item())
+    check_against_definition(query.to(dtype), key.to(dtype), value.to(dtype), torch.tensor([P], dtype=torch.int32))
 
 
 # Few rows and many, enough slots for several splits and threads, blocks of rows, one product per dtype.
