@@ -57,7 +57,7 @@ struct WeightTile {
   }
 };
 
-// Writes sums [32 columns][16 rows of x].
+// Writes sums [32 columns][16 rows of x]. Sums of columns that there are none of hold anything.
 void write(const LinearArgs& a, const float* sums, int64_t m, int64_t n) {
   const int64_t rows = a.M - m < kTile ? a.M - m : kTile;
   const int64_t count = a.N - n < kColumns ? a.N - n : kColumns;
@@ -86,10 +86,11 @@ void write(const LinearArgs& a, const float* sums, int64_t m, int64_t n) {
 
 // Asks for the weights of a step that is still to come, a line of each row, into the innermost
 // cache: a tile is not loaded before the products with the one in its register are done, so loads
-// keep few lines under way.
-[[gnu::always_inline]] inline void ask(const LinearArgs& a, int64_t n, int64_t step) {
+// keep few lines under way. Behind the last step come columns `following` further on.
+[[gnu::always_inline]] inline void ask(const LinearArgs& a, int64_t n, int64_t step,
+                                       int64_t following) {
   const int64_t all = steps(a.K);
-  if (step >= all) step -= all, n += kColumns;
+  if (step >= all) step -= all, n += following;
   if (step >= all || n + kTile > a.N) return;
   const int64_t stride = a.weight_stride * static_cast<int64_t>(sizeof(Bf16));
   const auto* line = reinterpret_cast<const char*>(static_cast<const Bf16*>(a.weight) +
@@ -101,10 +102,11 @@ void write(const LinearArgs& a, const float* sums, int64_t m, int64_t n) {
 constexpr int64_t kAhead = 4;  // steps
 
 // 16 columns, one or two blocks of rows of x, and the steps [first, last) along K; `sums` holds
-// what earlier steps gave, and takes what later ones go on from.
+// what earlier steps gave, and takes what later ones go on from. Asks for nothing without
+// `following` columns.
 template <int Blocks>
 void product(const LinearArgs& a, const float* x, int64_t n, int64_t first, int64_t last,
-             float* sums, bool asks) {
+             float* sums, int64_t following) {
   const int64_t floats = block_floats(a.type, a.K);
   const auto place = [&](int b) { return sums + b * 2 * kTileFloats; };
   unrolled<Blocks>([&](auto b) {
@@ -112,7 +114,7 @@ void product(const LinearArgs& a, const float* x, int64_t n, int64_t first, int6
     first == 0 ? clear_tile<B>() : load_tile<B>(place(B), kTileBytes);
   });
   for (int64_t step = first; step < last; ++step) {
-    if (asks) ask(a, n, step + kAhead);
+    if (following > 0) ask(a, n, step + kAhead, following);
     const WeightTile weights(a, n, step * kStep);
     load_tile<2>(weights.data, weights.stride);
     unrolled<Blocks>([&](auto b) {
@@ -138,6 +140,7 @@ void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, i
     const int64_t until = begin + 2 * kPairs < end ? begin + 2 * kPairs : end;
     // Weights of a stretch stay in the innermost cache while rows of x pass by.
     const int64_t stretch = until - begin > 2 ? kStretch : all;
+    const int64_t following = stretch < all ? kColumns : kTile;
     for (int64_t first = 0; first < all; first += stretch)
       for (int64_t block = begin; block < until; block += 2) {
         const bool two = block + 1 < until;
@@ -145,7 +148,8 @@ void run(const LinearArgs& a, const float* packed, int64_t begin, int64_t end, i
         float* sums = scratch + (block - begin) * 2 * kTileFloats;
         for (int64_t half = 0; half < 2 && n + half * kTile < a.N; ++half)
           (two ? product<2> : product<1>)(a, packed + block * floats, n + half * kTile, first, last,
-                                          sums + half * kTileFloats, block == begin);
+                                          sums + half * kTileFloats,
+                                          block == begin ? following : 0);
         if (last < all) continue;
         for (int64_t b = 0; b <= two; ++b)
           write(a, sums + b * 2 * kTileFloats, (block + b) * kTile, n);
