@@ -136,24 +136,29 @@ inline void prefetch(const T* p) {
 // which there are many, one (128 slots in tile registers); and for slots in a row two on Intel's
 // CPUs: further ahead costs a machine with AMX a fifth of its bandwidth (measured; presumably its
 // own prefetchers are led astray), and where small tiles ask for every line in time, or on AMD's
-// CPUs, any of it costs.
+// CPUs, any of it costs. Of single listed slots all lines are asked for on Intel's, two tiles
+// ahead.
 template <typename T>
 inline void touch_ahead(const AttentionArgs& a, const AttentionUnit& unit, int64_t begin,
                         int64_t size) {
   const Places& p = *unit.places;
   const bool in_a_row = p.listed == 0 && a.key_layout.page_table == nullptr;
   if (in_a_row && (amd_memory || (kTileRegisters && size < kKeyTile))) return;
+  const bool whole_rows = !amd_memory && p.listed > 0 && p.unit == 1;
   const int64_t one = kTileRegisters ? 2 * kKeyTile : size;
-  begin += in_a_row ? 2 * size : p.listed > 0 && p.unit < size ? one : 4 * size;
+  begin += in_a_row || whole_rows ? 2 * size : p.listed > 0 && p.unit < size ? one : 4 * size;
   const AttentionUnit* u = in_following(unit, begin);
   const int64_t left = u->slot_end - begin;
   const auto run_at = [u](int64_t place) { return run_of(*u, place); };
+  const int64_t values = whole_rows ? a.D : 1, line = 64 / sizeof(T);
+  const auto touch = [&](const void* cache, int64_t offset) {
+    const T* row = static_cast<const T*>(cache) + offset;
+    for (int64_t d = 0; d < values; d += line) prefetch(row + d);
+  };
   for_each_run(run_at, a.key_layout, begin, left < size ? left : size,
                [&](int64_t, int64_t slot, int64_t) {
-                 prefetch(static_cast<const T*>(a.key_cache) +
-                          a.key_layout.offset(u->batch, u->kv_head, slot));
-                 prefetch(static_cast<const T*>(a.value_cache) +
-                          a.value_layout.offset(u->batch, u->kv_head, slot));
+                 touch(a.key_cache, a.key_layout.offset(u->batch, u->kv_head, slot));
+                 touch(a.value_cache, a.value_layout.offset(u->batch, u->kv_head, slot));
                });
 }
 
