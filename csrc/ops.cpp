@@ -17,11 +17,13 @@ STABLE_TORCH_LIBRARY(branchwise, m) {
   m.def(
       "cascade_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, "
       "Tensor page_table, Tensor? tree_mask=None, float? scale=None, int window=0, Tensor? "
-      "sinks=None, float softcap=0.) -> (Tensor, Tensor)");
+      "sinks=None, float softcap=0., Tensor? key_scale=None, Tensor? value_scale=None) -> (Tensor, "
+      "Tensor)");
   m.def(
       "path_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, Tensor? "
       "tree_mask=None, Tensor? page_table=None, float? scale=None, int window=0, Tensor? "
-      "sinks=None, float softcap=0.) -> (Tensor, Tensor)");
+      "sinks=None, float softcap=0., Tensor? key_scale=None, Tensor? value_scale=None) -> (Tensor, "
+      "Tensor)");
   m.def(
       "sparse_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, "
       "Tensor? "

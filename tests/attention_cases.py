@@ -166,3 +166,14 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
         "softcap": case.softcap,
     }
     return Inputs((query, key, value, seq_lens, mask), options)
+
+
+def in_e4m3(inputs):
+    """The same inputs over caches in e4m3, with a factor per head."""
+    query, key, value, *rest = inputs.args
+    table = inputs.options.get("page_table")
+    heads = table.shape[1] if table is not None and table.dim() == 3 else key.shape[1]
+    scales = {name: torch.linspace(0.01, 0.03, heads) for name in ("key_scale", "value_scale")}
+    inputs.args = query, *((cache.float() / 0.02).to(torch.float8_e4m3fn) for cache in (key, value)), *rest
+    inputs.options |= scales
+    return inputs

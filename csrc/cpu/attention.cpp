@@ -4,13 +4,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
-#include "common/e4m3.h"
 #include "cpu/attend.h"
-#include "cpu/elements.h"
 #include "cpu/empty.h"
 #include "cpu/isa.h"
 
@@ -96,14 +93,6 @@ void check_place_pages(const char* op, const AttentionCall& call, const Places& 
   check(p.new_slot, p.new_slot + call.args.N);
 }
 
-bool page_exists(const AttentionCall& call, int64_t row, int64_t head, int64_t slot) {
-  const KvLayout& layout = call.args.key_layout;
-  if (layout.page_table == nullptr) return true;
-  const int64_t at = row * layout.table_stride + head * layout.table_head_stride;
-  const int32_t page = layout.page_table[at + slot / call.shape.page_size];
-  return page >= 0 && page < call.shape.pages;
-}
-
 // Whether the page table holds nothing but pages up to slot `end`: then no place needs a look.
 bool all_pages_exist(const AttentionCall& call, int64_t row, int64_t head, int64_t end) {
   const KvLayout& layout = call.args.key_layout;
@@ -114,45 +103,6 @@ bool all_pages_exist(const AttentionCall& call, int64_t row, int64_t head, int64
   for (int64_t n = 0; n * call.shape.page_size < end; ++n)
     exist &= static_cast<uint32_t>(table[n]) < static_cast<uint32_t>(call.shape.pages);
   return exist;
-}
-
-// A cache in e4m3 as one of the query's type: right, and slow. Slots that nobody attends to are 0.
-Tensor dequantise(const AttentionCall& call, const AttentionInputs& in, const Tensor& cache,
-                  const float* scale) {
-  const int64_t Hkv = call.shape.Hkv, D = cache.size(3);
-  const std::array<int64_t, 4> sizes{cache.size(0), cache.size(1), cache.size(2), D};
-  Tensor whole = empty<4>(sizes, in.query.scalar_type());
-  std::memset(whole.mutable_data_ptr(), 0, whole.numel() * whole.element_size());
-  const KvLayout from = layout_of(cache, in.page_table), to = layout_of(whole, in.page_table);
-  const auto* source = static_cast<const uint8_t*>(cache.const_data_ptr());
-  const auto unpack = [&](int64_t b, int64_t h, auto* target) {
-    for (int64_t slot = 0; slot < call.lens.at(b, h) + call.args.N; ++slot) {
-      if (!page_exists(call, b, h, slot)) continue;
-      const uint8_t* row = source + from.offset(b, h, slot);
-      auto* out = target + to.offset(b, h, slot);
-      for (int64_t d = 0; d < D; ++d) out[d] = from_e4m3(row[d]) * scale[h];
-    }
-  };
-  torch::stable::parallel_for(0, call.B * Hkv, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      with_elements(call.args.type, whole.mutable_data_ptr(),
-                    [&](auto* target) { unpack(i / Hkv, i % Hkv, target); });
-  });
-  return whole;
-}
-
-// Replaces caches in e4m3. Returns what must live as long as the call.
-std::vector<Tensor> dequantise(AttentionCall& call, const AttentionInputs& in) {
-  if (!in.key_scale) return {};
-  AttentionArgs& a = call.args;
-  const Tensor keys = dequantise(call, in, in.key_cache, a.key_scale);
-  const Tensor values = dequantise(call, in, in.value_cache, a.value_scale);
-  a.key_cache = keys.const_data_ptr();
-  a.value_cache = values.const_data_ptr();
-  a.key_layout = layout_of(keys, in.page_table);
-  a.value_layout = layout_of(values, in.page_table);
-  a.key_scale = a.value_scale = nullptr;
-  return {keys, values};
 }
 
 }  // namespace
@@ -175,7 +125,6 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor query, Tensor key_cache, Tensor
   for (int64_t b = 0; b < call.B; ++b)
     for (int64_t h = 0; h < call.args.Hkv; ++h)
       places.push_back(dense_places(call.lens.at(b, h), window));
-  const auto held = dequantise(call, in);
   return run_attention(call, places, false);
 }
 
@@ -214,7 +163,6 @@ std::tuple<Tensor, Tensor> sparse_attention(
         if (t == 0) complete[h] = all_pages_exist(call, b, h, call.lens.at(b, h) + call.args.N);
         if (!complete[h]) check_place_pages(op, call, places.back(), b, h);
       }
-  const auto held = dequantise(call, in);
   return run_attention(call, places, per_token);
 }
 

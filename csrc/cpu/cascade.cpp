@@ -65,12 +65,13 @@ std::tuple<Tensor, Tensor> cascade_attention(Tensor query, Tensor key_cache, Ten
                                              Tensor seq_lens, Tensor page_table,
                                              std::optional<Tensor> tree_mask,
                                              std::optional<double> scale, int64_t window,
-                                             std::optional<Tensor> sinks, double softcap) {
+                                             std::optional<Tensor> sinks, double softcap,
+                                             std::optional<Tensor> key_scale,
+                                             std::optional<Tensor> value_scale) {
   const char* op = "cascade_attention";
-  AttentionCall call = check_cascade(op,
-                                     {query, key_cache, value_cache, seq_lens, tree_mask,
-                                      page_table, scale, sinks, softcap, window > 0},
-                                     window);
+  const AttentionInputs in{query, key_cache, value_cache, seq_lens,   tree_mask, page_table,
+                           scale, sinks,     softcap,     window > 0, key_scale, value_scale};
+  AttentionCall call = check_cascade(op, in, window);
   AttentionArgs& args = call.args;
   check_all_pages(op, args.key_layout, call.shape, call.lens, call.B, args.N);
   const int64_t B = call.B, Hq = args.Hq, Hkv = args.Hkv, T = args.T, N = args.N, D = args.D;

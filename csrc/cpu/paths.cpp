@@ -84,10 +84,13 @@ std::tuple<Tensor, Tensor> path_attention(Tensor query, Tensor key_cache, Tensor
                                           Tensor seq_lens, std::optional<Tensor> tree_mask,
                                           std::optional<Tensor> page_table,
                                           std::optional<double> scale, int64_t window,
-                                          std::optional<Tensor> sinks, double softcap) {
+                                          std::optional<Tensor> sinks, double softcap,
+                                          std::optional<Tensor> key_scale,
+                                          std::optional<Tensor> value_scale) {
   const char* op = "path_attention";
-  AttentionCall call = check_attention(op, {query, key_cache, value_cache, seq_lens, tree_mask,
-                                            page_table, scale, sinks, softcap, window > 0});
+  const AttentionInputs in{query, key_cache, value_cache, seq_lens,   tree_mask, page_table,
+                           scale, sinks,     softcap,     window > 0, key_scale, value_scale};
+  AttentionCall call = check_attention(op, in);
   check_window(op, call, window);
   AttentionArgs& args = call.args;
   check_all_pages(op, args.key_layout, call.shape, call.lens, call.B, args.N);

@@ -124,12 +124,11 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor key_cache, T
 
 // Rows read what they share one by one, from the L2 cache if they are lucky: their results are the
 // same as those of rows alone, as cascade_attention's must be.
-std::tuple<Tensor, Tensor> cascade_attention_cuda(Tensor query, Tensor key_cache,
-                                                  Tensor value_cache, Tensor seq_lens,
-                                                  Tensor page_table,
-                                                  std::optional<Tensor> tree_mask,
-                                                  std::optional<double> scale, int64_t window,
-                                                  std::optional<Tensor> sinks, double softcap) {
+std::tuple<Tensor, Tensor> cascade_attention_cuda(
+    Tensor query, Tensor key_cache, Tensor value_cache, Tensor seq_lens, Tensor page_table,
+    std::optional<Tensor> tree_mask, std::optional<double> scale, int64_t window,
+    std::optional<Tensor> sinks, double softcap, std::optional<Tensor> key_scale,
+    std::optional<Tensor> value_scale) {
   const char* op = "cascade_attention";
   const OnDevice device(op, query,
                         {{"key_cache", &key_cache},
@@ -137,9 +136,11 @@ std::tuple<Tensor, Tensor> cascade_attention_cuda(Tensor query, Tensor key_cache
                          {"seq_lens", &seq_lens},
                          {"page_table", &page_table},
                          {"tree_mask", if_given(tree_mask)},
-                         {"sinks", if_given(sinks)}});
-  const AttentionInputs in{query,      key_cache, value_cache, seq_lens, tree_mask,
-                           page_table, scale,     sinks,       softcap,  window > 0};
+                         {"sinks", if_given(sinks)},
+                         {"key_scale", if_given(key_scale)},
+                         {"value_scale", if_given(value_scale)}});
+  const AttentionInputs in{query, key_cache, value_cache, seq_lens,   tree_mask, page_table,
+                           scale, sinks,     softcap,     window > 0, key_scale, value_scale};
   AttentionCall call = check_cascade(op, in, window);
   cuda::AttentionLaunch launch{};
   launch.window = window_of(window);
@@ -153,7 +154,9 @@ std::tuple<Tensor, Tensor> path_attention_cuda(Tensor query, Tensor key_cache, T
                                                Tensor seq_lens, std::optional<Tensor> tree_mask,
                                                std::optional<Tensor> page_table,
                                                std::optional<double> scale, int64_t window,
-                                               std::optional<Tensor> sinks, double softcap) {
+                                               std::optional<Tensor> sinks, double softcap,
+                                               std::optional<Tensor> key_scale,
+                                               std::optional<Tensor> value_scale) {
   const char* op = "path_attention";
   const OnDevice device(op, query,
                         {{"key_cache", &key_cache},
@@ -161,9 +164,11 @@ std::tuple<Tensor, Tensor> path_attention_cuda(Tensor query, Tensor key_cache, T
                          {"seq_lens", &seq_lens},
                          {"tree_mask", if_given(tree_mask)},
                          {"page_table", if_given(page_table)},
-                         {"sinks", if_given(sinks)}});
-  const AttentionInputs in{query,      key_cache, value_cache, seq_lens, tree_mask,
-                           page_table, scale,     sinks,       softcap,  window > 0};
+                         {"sinks", if_given(sinks)},
+                         {"key_scale", if_given(key_scale)},
+                         {"value_scale", if_given(value_scale)}});
+  const AttentionInputs in{query, key_cache, value_cache, seq_lens,   tree_mask, page_table,
+                           scale, sinks,     softcap,     window > 0, key_scale, value_scale};
   AttentionCall call = check_attention(op, in);
   check_window(op, call, window);
   const auto results = results_of(op, call, query);

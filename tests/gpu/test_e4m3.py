@@ -6,11 +6,12 @@ from test_attention import error
 
 import attention_cases
 import sparse_cases
-from attention_cases import Case
+from attention_cases import Case, in_e4m3
 from branchwise import ops
 from branchwise.ops.attention import tree_attention_reference
 from branchwise.ops.kv import append_kv_reference
 from branchwise.ops.sparse import sparse_attention_reference
+from path_cases import TREES, same_as_committed
 from test_ops_kv import angles, caches, head_caches, i32
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -34,19 +35,8 @@ def on(request, device):
     return ops if request.param == "cpu" else device
 
 
-def eight_bits(inputs):
-    """The same inputs over caches in e4m3."""
-    query, key, value, *rest = inputs.args
-    table = inputs.options.get("page_table")
-    heads = table.shape[1] if table is not None and table.dim() == 3 else key.shape[1]
-    scales = {name: torch.linspace(0.01, 0.03, heads) for name in ("key_scale", "value_scale")}
-    inputs.args = query, (key.float() / 0.02).to(E4M3), (value.float() / 0.02).to(E4M3), *rest
-    inputs.options |= scales
-    return inputs
-
-
 def check(call, reference, inputs):
-    """Error at most thrice that of the formula in the query's dtype: the CPU rounds what it unpacks to that."""
+    """Error at most thrice that of the formula in the query's dtype: GPUs round what they unpack to that."""
     out, lse = call(*inputs.args, **inputs.options)
     exact, exact_lse = reference(*inputs.args, **inputs.options)
     plain, _ = reference(*inputs.args, **inputs.options, dtype=out.dtype)
@@ -58,12 +48,33 @@ def check(call, reference, inputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tree_attention(case, dtype, on):
-    check(on.tree_attention, tree_attention_reference, eight_bits(attention_cases.make(case, dtype)))
+    check(on.tree_attention, tree_attention_reference, in_e4m3(attention_cases.make(case, dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_path_attention(case, dtype, on):
+    check(on.path_attention, tree_attention_reference, in_e4m3(attention_cases.make(case, dtype)))
+
+
+@pytest.mark.parametrize("case", TREES[1:8:2], ids=str)
+def test_a_node_of_a_path_has_the_bits_of_the_only_token(case, on):
+    inputs = in_e4m3(attention_cases.make(case, torch.bfloat16))
+    assert same_as_committed(on.path_attention, inputs, range(0, case.T, 5))
+
+
+def test_cascade_attention(on):
+    inputs = in_e4m3(attention_cases.make(CASES[1], torch.bfloat16))
+
+    def call(query, key, value, lens, mask, page_table, **options):
+        return on.cascade_attention(query, key, value, lens, page_table, mask, **options)
+
+    check(call, tree_attention_reference, inputs)
 
 
 @pytest.mark.parametrize("sparse", SPARSE, ids=str)
 def test_sparse_attention(sparse, on):
-    inputs = eight_bits(sparse_cases.make(sparse, torch.bfloat16))
+    inputs = in_e4m3(sparse_cases.make(sparse, torch.bfloat16))
     check(on.sparse_attention, sparse_attention_reference, inputs)
 
 

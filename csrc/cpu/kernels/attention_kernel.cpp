@@ -18,17 +18,26 @@ namespace {
 #include "cpu/kernels/many_rows_amx-inl.h"
 #endif
 
-// Calls f with the element type and the product of a call.
+// Calls f with the types of queries and of keys and values, and the product of a call.
 template <typename F>
 void by_kernel(const AttentionArgs& a, F f) {
 #if defined(__AMX_BF16__)
-  (void)a;
-  f(Bf16{}, AmxProduct{});  // this level is asked for nothing else
+  // This level is asked for nothing else.
+  a.key_scale != nullptr ? f(Bf16{}, E4m3{}, AmxProduct{}) : f(Bf16{}, Bf16{}, AmxProduct{});
 #else
   by_type(a.type, [&](auto type) {
-    with_product<decltype(type)>(a.D, [&](auto product) { f(type, product); });
+    with_product<decltype(type)>(a.D, [&](auto product) {
+      a.key_scale != nullptr ? f(type, E4m3{}, product) : f(type, type, product);
+    });
   });
 #endif
+}
+
+// Keys in e4m3 are multiplied as they are; the factor of their head goes into the scale.
+AttentionArgs scaled_for(const AttentionArgs& a, const AttentionUnit& u) {
+  AttentionArgs scaled = a;
+  if (a.key_scale != nullptr) scaled.scale *= a.key_scale[u.kv_head];
+  return scaled;
 }
 
 template <typename T, typename M, int R = 1>
@@ -50,13 +59,14 @@ const T* query_row(const AttentionArgs& a, const AttentionUnit& u, int64_t r) {
          (u.kv_head * G + row % G) * a.q_stride[1] + token_of(a, u, row) * a.q_stride[2];
 }
 
-void run_unit(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
-  by_kernel(a, [&](auto type, auto product) {
+void run_unit(const AttentionArgs& args, const AttentionUnit& u, float* scratch) {
+  const AttentionArgs a = scaled_for(args, u);
+  by_kernel(a, [&](auto type, auto cached, auto product) {
     using T = decltype(type);
     pack_query<T, decltype(product)>(u.row_end - u.row_begin, a.D, scratch,
                                      [&](int64_t r) { return query_row<T>(a, u, r); });
     float* rest = scratch + query_floats(u.row_end - u.row_begin, a.D);
-    run_rows<T, decltype(product)>(a, u, scratch, rest);
+    run_rows<decltype(cached), decltype(product)>(a, u, scratch, rest);
   });
 }
 
@@ -69,8 +79,9 @@ void merge_units(const AttentionArgs& a, const AttentionUnit* units, int64_t cou
   });
 }
 
-void run_shared(const AttentionArgs& a, const AttentionUnit& u, float* scratch) {
-  by_kernel(a, [&](auto type, auto product) {
+void run_shared(const AttentionArgs& args, const AttentionUnit& u, float* scratch) {
+  const AttentionArgs a = scaled_for(args, u);
+  by_kernel(a, [&](auto type, auto cached, auto product) {
     using T = decltype(type);
     const int64_t rows = u.rows();
     pack_many_rows<T, decltype(product)>(rows, a.D, scratch,
@@ -81,14 +92,14 @@ void run_shared(const AttentionArgs& a, const AttentionUnit& u, float* scratch) 
       if (u.begun != nullptr)
         for (int64_t r = 0; r < rows; ++r)
           __builtin_memcpy(u.partial + r * ld, u.begun[r].out(ld), sizeof(float) * ld);
-      return run_many_rows<T, decltype(product)>(a, u, scratch, rest);
+      return run_many_rows<decltype(cached), decltype(product)>(a, u, scratch, rest);
     }
     AttentionUnit lanes = u;
     lanes.partial = scratch + scratch_floats(rows, a.D);
     if (u.begun != nullptr)
       pack_many_rows<float, Fp32Product>(rows, a.D, lanes.partial,
                                          [&](int64_t r) { return u.begun[r].out(ld); });
-    run_many_rows<T, decltype(product)>(a, lanes, scratch, rest);
+    run_many_rows<decltype(cached), decltype(product)>(a, lanes, scratch, rest);
     transpose_partial(lanes.partial, rows, a.D, u.partial);
   });
 }

@@ -152,7 +152,8 @@ inline bool sees(const AttentionArgs& a, const AttentionUnit& u, int64_t query, 
   return visible && (position >= low || position < p.kept);
 }
 
-// At most kFewRows packed rows. Partial result: out [R][ld] | max [R] | sum [R].
+// At most kFewRows packed rows; keys and values of type T. Partial result: out [R][ld] | max [R] |
+// sum [R].
 template <typename T, typename M, int R>
 void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* query,
                   float* scratch) {
@@ -240,6 +241,11 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
   }
 }
 
+// By what a head's results are multiplied in the end: values in e4m3 are read without their factor.
+inline float value_factor(const AttentionArgs& a, const AttentionUnit& u) {
+  return a.value_scale != nullptr ? a.value_scale[u.kv_head] : 1.f;
+}
+
 // Merges `count` partial results parts_of(r)(s) of packed rows row_begin + r to row_end - 1, in
 // order.
 template <typename T, typename F>
@@ -262,7 +268,7 @@ void merge_rows(const AttentionArgs& a, int64_t batch, const AttentionUnit& u, i
     }
     const int64_t at = (batch * a.Hq + head) * a.T + token_of(a, u, row);
     a.lse[at] = sum > 0.f ? (top + __builtin_log2f(sum)) * kLn2 : -kInf;
-    const float inverse = sum > 0.f ? 1.f / sum : 0.f;
+    const float inverse = sum > 0.f ? value_factor(a, u) / sum : 0.f;
     for (int64_t d = 0; d < a.D; d += kLanes) {
       f32v acc = {};
       for (int64_t s = 0; s < count; ++s) acc += load(part(s).out(ld) + d) * part(s).top(ld);

@@ -316,7 +316,7 @@ void merge_many_rows(const AttentionArgs& a, const AttentionUnit* units, int64_t
       }
       for (int64_t l = 0; l < lanes; ++l)
         a.lse[to[l]] = sum[l] > 0.f ? (top[l] + __builtin_log2f(sum[l])) * kLn2 : -kInf;
-      const f32v inverse = sum > 0.f ? 1.f / sum : f32v{};
+      const f32v inverse = sum > 0.f ? value_factor(a, u) / sum : f32v{};
       for (int64_t d = 0; d < a.D; d += kLanes) {
         const int64_t n = a.D - d < kLanes ? a.D - d : kLanes;
         f32v block[kLanes] = {};  // kLanes of the head dim, rows in the lanes; then transposed

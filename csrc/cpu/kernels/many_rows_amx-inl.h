@@ -1,7 +1,7 @@
-// Many rows of bf16 in the tile registers of AMX. As with vectors, scores have the query rows in
-// the lanes, and keys are read where they lie: 16 of them are a tile's rows. The second product has
-// the head dim in the lanes, out[row][d]: probabilities are transposed, values of two slots
-// interleaved.
+// Many rows in the tile registers of AMX: products of bf16, keys and values bf16 or e4m3. As with
+// vectors, scores have the query rows in the lanes, and keys are read where they lie: 16 of them
+// are a tile's rows. The second product has the head dim in the lanes, out[row][d]: probabilities
+// are transposed, values of two slots interleaved.
 #pragma once
 
 #include "cpu/kernels/amx-inl.h"
@@ -39,7 +39,7 @@ class EvenAsks {
 };
 
 // 16 keys where they lie at even distances, else copied to `copy`.
-inline KeyRows key_rows(const Bf16* const* rows, int64_t D, Bf16* copy) {
+inline KeyRows key_rows(const Bf16* const* rows, int64_t D, Bf16* copy, EvenAsks<Bf16>&) {
   const int64_t apart = reinterpret_cast<int64_t>(rows[1]) - reinterpret_cast<int64_t>(rows[0]);
   int64_t off = 0;
   for (int64_t r = 2; r < kTileRows; ++r)
@@ -50,20 +50,33 @@ inline KeyRows key_rows(const Bf16* const* rows, int64_t D, Bf16* copy) {
       store(reinterpret_cast<float*>(copy + r * D + d), load_as<f32v>(rows[r] + d));
   return {copy, D * static_cast<int64_t>(sizeof(Bf16))};
 }
+// Of e4m3, as bf16; the next ones' lines are asked for meanwhile.
+template <typename T>
+KeyRows key_rows(const T* const* rows, int64_t D, Bf16* wide, EvenAsks<T>& ahead) {
+  auto local = ahead;
+  for (int64_t r = 0; r < kTileRows; ++r)
+    for (int64_t d = 0; d < D; d += 2 * kLanes) {
+      if (begins_line<T>(d)) local.line();
+      const auto x = Bf16Product::row(rows[r] + d);
+      __builtin_memcpy(wide + r * D + d, &x, sizeof x);
+    }
+  ahead = local;
+  return {wide, D * static_cast<int64_t>(sizeof(Bf16))};
+}
 
 // Keys as key_rows has them, then values interleaved.
-inline TileOperands make_operands(const Tile<Bf16>& tile, int64_t D, float* buffer,
-                                  EvenAsks<Bf16>& ahead) {
+template <typename T>
+TileOperands make_operands(const Tile<T>& tile, int64_t D, float* buffer, EvenAsks<T>& ahead) {
   TileOperands made;
   Bf16* copy = reinterpret_cast<Bf16*>(buffer);
   for (int64_t i = 0; i < tile.size; i += kTileRows)
-    made.keys[i / kTileRows] = key_rows(tile.keys() + i, D, copy + i * D);
+    made.keys[i / kTileRows] = key_rows(tile.keys() + i, D, copy + i * D, ahead);
   float* values = buffer + kKeyTile * D / 2;
   auto local = ahead;
   for (int64_t i = 0; i < round_up(tile.count, 2 * kLanes); i += 2) {
     float* to = values + i / 2 / kTileRows * kTileRows * D + i / 2 % kTileRows * kLanes;
     for (int64_t d = 0; d < D; d += 2 * kLanes, to += 2 * kTileFloats) {
-      local.line();
+      if (begins_line<T>(d)) local.line();
       Bf16Product::Vec x[2];
       Bf16Product::columns(tile.values() + i, d, x);
       __builtin_memcpy(to, x, sizeof *x);
@@ -117,9 +130,9 @@ void transpose_probs(const float* scores, int64_t pairs, float* probs) {
 }
 
 // out[row][d ..] += sum over the tile's slots, 16 values of the head dim.
-template <int NV>
+template <int NV, typename T>
 [[gnu::noinline]] void add_tiles(const float* probs, const float* values, int64_t pairs, int64_t D,
-                                 float* out, int64_t ld, EvenAsks<Bf16>& ahead) {
+                                 float* out, int64_t ld, EvenAsks<T>& ahead) {
   const int64_t apart = ld * static_cast<int64_t>(sizeof(float));
   auto local = ahead;
   for (int64_t d = 0; d < D; d += kLanes) {
@@ -145,9 +158,9 @@ template <int NV>
 }
 
 // A tile of slots for a group of NV vectors of rows, whose partial results lie row after row.
-template <int NV>
-void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<Bf16>& tile,
-                  const TileOperands& operands, EvenAsks<Bf16>& ahead, const float* query,
+template <int NV, typename T>
+void attend_tiles(const AttentionArgs& a, const AttentionUnit& u, const Tile<T>& tile,
+                  const TileOperands& operands, EvenAsks<T>& ahead, const float* query,
                   const RowBounds& rows, int64_t hidden, float* scores, float* out, int64_t ld,
                   float* row_max, float* row_sum) {
   f32v alpha[NV];
@@ -184,16 +197,18 @@ struct AmxProduct : Bf16Product {
   static int64_t slots(int64_t rows, int64_t D) {
     return rows <= 2 * kTileRows && D > 64 && D <= 128 ? kKeyTile / 2 : kKeyTile;
   }
-  // One line beside each two that are interleaved, the others shared out over the products and the
-  // softmax.
-  static EvenAsks<Bf16> asks(const Prefetcher<Bf16>& ahead, int64_t slots, int64_t D,
-                             int64_t rows) {
-    const int64_t vectors = padded_rows(rows) / kLanes, chunks = slots / 2 * (D / (2 * kLanes));
-    const int64_t products = vectors * chunks / 4;
-    return {ahead, 3 * chunks, products + vectors * slots / 2};
+  // One line beside each two that are interleaved, and each of keys that is widened; the others
+  // shared out over the products and the softmax.
+  template <typename T>
+  static EvenAsks<T> asks(const Prefetcher<T>& ahead, int64_t slots, int64_t D, int64_t rows) {
+    constexpr int64_t kAsked = __is_same(T, Bf16) ? 1 : 3;  // quarters of the lines, beside those
+    const int64_t vectors = padded_rows(rows) / kLanes;
+    const int64_t lines = 2 * slots * D / Prefetcher<T>::kValues;
+    const int64_t products = vectors * slots / 8 * (D / (2 * kLanes));
+    return {ahead, lines - kAsked * lines / 4, products + vectors * slots / 2};
   }
-  static TileOperands operands(const Tile<Bf16>& tile, int64_t D, float* buffer,
-                               EvenAsks<Bf16>& ahead) {
+  template <typename T>
+  static TileOperands operands(const Tile<T>& tile, int64_t D, float* buffer, EvenAsks<T>& ahead) {
     return make_operands(tile, D, buffer, ahead);
   }
   template <int NV, typename... Args>

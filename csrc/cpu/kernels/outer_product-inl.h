@@ -155,7 +155,14 @@ void make_key_lines(const T* const* rows, int64_t count, int64_t D, float* buffe
       lines->keys[s] = reinterpret_cast<const typename M::Element*>(rows[s]);
     } else {
       auto* to = reinterpret_cast<typename M::Value*>(buffer) + s * D;
-      convert_row(rows[s], to, D);
+      if constexpr (M::kPack == 1) {
+        convert_row(rows[s], to, D);
+      } else {
+        for (int64_t d = 0; d < D; d += 2 * kLanes) {  // what is behind a row is written later
+          const auto x = D - d < 2 * kLanes ? M::row(rows[s] + d, D - d) : M::row(rows[s] + d);
+          __builtin_memcpy(to + d, &x, sizeof x);
+        }
+      }
       lines->keys[s] = reinterpret_cast<const typename M::Element*>(to);
     }
   }

@@ -68,9 +68,28 @@ struct Bf16Product {
     const __mmask32 mask = n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1;
     return reinterpret_cast<Vec>(_mm512_maskz_loadu_epi16(mask, p));
   }
-  // Values below 2^-6, which e4m3 holds in steps, count as 0, and all ones as 480: other than these
-  // an e4m3 value is the bf16 one of the same mantissa with 120 more in its exponent.
+  // As load_wide.
   static Vec row(const E4m3* p) {
+    alignas(64) static constexpr int16_t kOthers[32] = {
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        0x7fc0,  // NaN, then 0 to 7
+                 // * 2^-9
+        0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+    const __m512i wide =
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i code =
+        _mm512_sub_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(8));
+    const __m512i normal =
+        _mm512_add_epi16(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(121 << 7));
+    const __m512i magnitude =
+        _mm512_mask_permutexvar_epi16(normal, _mm512_cmpgt_epu16_mask(code, _mm512_set1_epi16(118)),
+                                      code, _mm512_load_si512(kOthers));
+    const __m512i sign = _mm512_set1_epi16(INT16_MIN);
+    return reinterpret_cast<Vec>(_mm512_ternarylogic_epi32(magnitude, wide, sign, 0xd8));
+  }
+  // An e4m3 value is the bf16 one of the same mantissa with 120 more in its exponent, but for those
+  // that are 0 here.
+  static Vec row(const CoarseE4m3* p) {
     const __m512i wide =
         _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(wide, 4),
@@ -78,8 +97,9 @@ struct Bf16Product {
     return reinterpret_cast<Vec>(_mm512_maskz_add_epi16(
         _mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x78)), bits, _mm512_set1_epi16(120 << 7)));
   }
-  static Vec row(const E4m3* p, int64_t n) {
-    E4m3 part[32] = {};
+  template <typename T>  // of e4m3
+  static Vec row(const T* p, int64_t n) {
+    T part[32] = {};
     __builtin_memcpy(part, p, n < 32 ? n : 32);
     return row(part);
   }
@@ -94,10 +114,12 @@ struct Bf16Product {
     out[0] = reinterpret_cast<Vec>(shuffle<LowPairs>(x, y));
     out[1] = reinterpret_cast<Vec>(shuffle<HighPairs>(x, y));
   }
-  static void columns(const Bf16* const* rows, int64_t at, Vec* out) {
+  template <typename T>
+  static void columns(const T* const* rows, int64_t at, Vec* out) {
     interleave(row(rows[0] + at), row(rows[1] + at), out);
   }
-  static void columns(const Bf16* const* rows, int64_t at, int64_t n, Vec* out) {
+  template <typename T>
+  static void columns(const T* const* rows, int64_t at, int64_t n, Vec* out) {
     interleave(row(rows[0] + at, n), row(rows[1] + at, n), out);
   }
   static Vec combine(const f32v* p) {

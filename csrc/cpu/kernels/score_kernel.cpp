@@ -69,22 +69,6 @@ void many_scores(const Lines<M>& tile, P& ahead, const float* query, int64_t D, 
 // Keys of a tile: as bf16, 32 of 256 values leave the first cache level room.
 constexpr int64_t kAmxKeys = 2 * kTileRows;
 
-// 16 keys as the products read them; lines of e4m3 are asked for while others are converted.
-inline KeyRows tile_rows(const Bf16* const* rows, int64_t D, Bf16* copy, EvenAsks<Bf16>&) {
-  return key_rows(rows, D, copy);
-}
-inline KeyRows tile_rows(const E4m3* const* rows, int64_t D, Bf16* wide, EvenAsks<E4m3>& ahead) {
-  auto local = ahead;
-  for (int64_t r = 0; r < kTileRows; ++r)
-    for (int64_t d = 0; d < D; d += 2 * kLanes) {
-      if (begins_line<E4m3>(d)) local.line();
-      const auto x = Bf16Product::row(rows[r] + d);
-      __builtin_memcpy(wide + r * D + d, &x, sizeof x);
-    }
-  ahead = local;
-  return {wide, D * static_cast<int64_t>(sizeof(Bf16))};
-}
-
 // Calls f(scores of a tile, number of its first row) for the groups of rows.
 template <typename K, typename F>
 void tile_scores(const KeyTile<K>& tile, const Prefetcher<K>& ahead, const float* query,
@@ -95,7 +79,7 @@ void tile_scores(const KeyTile<K>& tile, const Prefetcher<K>& ahead, const float
   KeyRows keys[kAmxKeys / kTileRows];
   Bf16* wide = reinterpret_cast<Bf16*>(converted);
   for (int64_t i = 0; i < kAmxKeys; i += kTileRows)
-    keys[i / kTileRows] = tile_rows(tile.keys + i, D, wide + i * D, asks);
+    keys[i / kTileRows] = key_rows(tile.keys + i, D, wide + i * D, asks);
   for_each_group(rows, [&](int64_t first, int nv) {
     const float* group = query + first * D;
     nv == 2 ? score_tiles<2>(group, keys, tile.count, D, scores, asks)
@@ -320,11 +304,11 @@ void lse_typed(const ScoreArgs& a, const ScoreUnit& u, float* scratch) {
 template <typename F>
 void by_product(const ScoreArgs& a, F f) {
 #if defined(__AMX_BF16__)
-  a.e4m3_keys ? f(Bf16{}, E4m3{}, AmxProduct{}) : f(Bf16{}, Bf16{}, AmxProduct{});
+  a.e4m3_keys ? f(Bf16{}, CoarseE4m3{}, AmxProduct{}) : f(Bf16{}, Bf16{}, AmxProduct{});
 #else
   by_type(a.type, [&](auto type) {
     with_product<decltype(type)>(a.D, [&](auto product) {
-      a.e4m3_keys ? f(type, E4m3{}, product) : f(type, type, product);
+      a.e4m3_keys ? f(type, CoarseE4m3{}, product) : f(type, type, product);
     });
   });
 #endif

@@ -47,8 +47,7 @@ def tree_attention(
             P + depth(i), so siblings share a window whatever slots they are in.
         sinks: f32[Hq], a learned extra logit per head that takes part in the softmax but has no value.
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
-        key_scale, value_scale: f32[Hkv], by which e4m3 keys and values of a head are multiplied. On the CPU the caches
-            are unpacked at every call, which is slow.
+        key_scale, value_scale: f32[Hkv], by which e4m3 keys and values of a head are multiplied.
 
     Returns:
         ``out`` [B, Hq, T, D] in the dtype of ``query`` and ``lse`` f32[B, Hq, T], the natural log-sum-exp of the
@@ -94,6 +93,8 @@ def cascade_attention(
     window: int = 0,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`tree_attention` over a paged cache, where rows that share pages read them once.
 
@@ -102,7 +103,7 @@ def cascade_attention(
     shape: one prefix for all, groups of groups, or none.
 
     Args:
-        query, key_cache, value_cache, seq_lens, tree_mask, scale, window, sinks, softcap: as
+        query, key_cache, value_cache, seq_lens, tree_mask, scale, window, sinks, softcap, key_scale, value_scale: as
             :func:`tree_attention` takes them; caches [pages, Hkv, page_size, D], whose page size divides 256.
         page_table: i32[B, N]. The new tokens' pages must be the row's own.
 
@@ -117,7 +118,18 @@ def cascade_attention(
     """
     refuse_grad("cascade_attention", query, key_cache, value_cache, sinks)
     return torch.ops.branchwise.cascade_attention.default(
-        query, key_cache, value_cache, seq_lens, page_table, tree_mask, scale, window, sinks, softcap
+        query,
+        key_cache,
+        value_cache,
+        seq_lens,
+        page_table,
+        tree_mask,
+        scale,
+        window,
+        sinks,
+        softcap,
+        key_scale,
+        value_scale,
     )
 
 
@@ -138,6 +150,8 @@ def path_attention(
     window: int = 0,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`tree_attention` with sums in the order of the text, so that a token's bits do not depend on the tree.
 
@@ -146,9 +160,9 @@ def path_attention(
     in the order of slots, and in 16 bits the difference flips near-ties.
 
     Args:
-        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, window, sinks, softcap: as
-            :func:`tree_attention` takes them, without e4m3. A node of ``tree_mask`` sees nodes in slots before its own
-            only; what it sees, in that order, is its path.
+        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, window, sinks, softcap, key_scale,
+            value_scale: as :func:`tree_attention` takes them. A node of ``tree_mask`` sees nodes in slots before its
+            own only; what it sees, in that order, is its path.
 
     Returns:
         ``out`` [B, Hq, T, D] and ``lse`` f32[B, Hq, T] as :func:`tree_attention` does, up to rounding. Bit-equal for
@@ -163,7 +177,18 @@ def path_attention(
     """
     refuse_grad("path_attention", query, key_cache, value_cache, sinks)
     return torch.ops.branchwise.path_attention.default(
-        query, key_cache, value_cache, seq_lens, tree_mask, page_table, scale, window, sinks, softcap
+        query,
+        key_cache,
+        value_cache,
+        seq_lens,
+        tree_mask,
+        page_table,
+        scale,
+        window,
+        sinks,
+        softcap,
+        key_scale,
+        value_scale,
     )
 
 

@@ -105,8 +105,8 @@ def score_pages(
     Args:
         query: [B, Hq, T, D] float32, bfloat16 or float16, post-RoPE.
         summaries: [B, Hkv, N, D] or [B, Hkv, N, 2 D], as :func:`page_summaries` leaves them, in the dtype of the query
-            or float8_e4m3fn, of which values below 2**-6 may count as 0; 2 D <= 512. A key cache may be given as its
-            own summaries, a page per token.
+            or float8_e4m3fn, of which values below 2**-6 may count as 0 and NaN as 480; 2 D <= 512. A key cache may be
+            given as its own summaries, a page per token.
         num_pages: i32[B] or i32[B, Hkv], pages that have a summary.
         reduce: "max" or "sum" over the query heads of a KV head, and over the tokens unless ``per_token``.
         per_token: scores of every token by itself.
