@@ -116,3 +116,21 @@ def test_unaligned_caches_and_head_dims_with_a_rest(isa):
             to.copy_(cache)
         out = ops.tree_attention(query, *moved, *rest, **inputs.options)
         assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_appending_rounds_as_torch_does(dtype, isa):
+    """Values of every size, what lies between two of the format, and those beyond its largest."""
+    every = torch.arange(256).to(torch.uint8).view(E4M3).float()
+    every = every[~every.isnan()].sort().values
+    g = torch.Generator().manual_seed(0)
+    some = torch.cat([torch.randn(2000, generator=g) * 10.0**p for p in range(-5, 3)])
+    values = torch.cat([every, (every[1:] + every[:-1]) / 2, some, torch.tensor([449.0, 464.0, -6e4, torch.inf])])
+    D = 37
+    rows = values[: len(values) // D * D].view(1, 1, -1, D).to(dtype)
+    for scale in (1.0, 0.3):
+        cache = [torch.zeros(rows.shape, dtype=E4M3) for _ in range(2)]
+        factor, lens = torch.tensor([scale]), torch.zeros(1, dtype=torch.int32)
+        ops.append_kv(rows, rows, *cache, lens, key_scale=factor, value_scale=factor)
+        expected = (rows.float() / factor).clamp(-448, 448).to(E4M3)
+        assert all(torch.equal(c.view(torch.uint8), expected.view(torch.uint8)) for c in cache)

@@ -5,21 +5,11 @@
 #include <cstring>
 #include <vector>
 
-#include "common/e4m3.h"
 #include "common/kv_call.h"
-#include "cpu/elements.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/rope_kernel.h"
 
 namespace branchwise {
-namespace {
-
-void quantise(DType type, const char* row, int64_t D, float scale, char* out) {
-  for (int64_t d = 0; d < D; ++d)
-    out[d] = static_cast<char>(to_e4m3(read_element(type, row, d) / scale));
-}
-
-}  // namespace
 
 void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor seq_lens,
                std::optional<Tensor> page_table, std::optional<Tensor> cos,
@@ -59,12 +49,15 @@ void append_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, T
         for (int64_t t = 0; t < T; ++t) {
           char* to = target + layout.offset(b, h, lens.at(b, h) + t) * cache_bytes;
           const char* row = source + (b * s0 + h * s1 + t * s2) * bytes;
-          char* whole = scale != nullptr ? turned.data() : to;
-          if (rotated)
+          if (rotated) {
+            char* whole = scale != nullptr ? turned.data() : to;
             kernels.rotate_row(rope, row, angles_at(*cos, b, t), angles_at(*sin, b, t), whole);
-          else
-            std::memcpy(whole, row, row_bytes);
-          if (scale != nullptr) quantise(rope.type, whole, D, scale[h], to);
+            row = whole;
+          }
+          if (scale != nullptr)
+            kernels.quantise_row(rope.type, row, D, scale[h], to);
+          else if (!rotated)
+            std::memcpy(to, row, row_bytes);
         }
       }
     });

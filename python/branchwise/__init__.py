@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .decoding import TreeSpeculation as TreeSpeculation
     from .decoding import TreeSpeculationOutput as TreeSpeculationOutput
     from .generate import generate as generate
+    from .kv_scales import measure_kv_scales as measure_kv_scales
     from .kv_tree import KVTree as KVTree
     from .patching import patch as patch
     from .patching import sparse_kv as sparse_kv
@@ -62,6 +63,7 @@ _HOME = {
     "StepSpeculative": "decoding",
     "MicroSteps": "decoding",
     "generate": "generate",
+    "measure_kv_scales": "kv_scales",
     "KVTree": "kv_tree",
     "patch": "patching",
     "sparse_kv": "patching",

@@ -59,11 +59,13 @@ class LayerCall:
     lens: Tensor  # i32[B] or i32[B, Hkv], slots before the new tokens
     page_table: Tensor | None
     shares_pages: bool = False  # rows may have pages in common
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)  # of keys and values in e4m3
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Attention to all slots that are left: out [B, Hq, T, D], lse f32[B, Hq, T]."""
         where = self.query, self.keys, self.values, self.lens
         options: dict[str, Any] = dict(scale=self.scale, window=self.window, sinks=self.sinks, softcap=self.softcap)
+        options["key_scale"], options["value_scale"] = self.scales
         if self.shares_pages:
             assert self.page_table is not None
             return ops.cascade_attention(*where, self.page_table, self.plan.tree_mask, **options)
@@ -125,6 +127,7 @@ def attention_forward(
     index = getattr(module, "layer_idx", 0)
     layer = plan.store.layers[index] if plan.kv is not None and plan.store is not None else None
     shared = None if plan.store is None else plan.store.shared_pages
+    scales = None if plan.store is None else plan.store.scales
     call = LayerCall(
         index,
         query,
@@ -138,6 +141,7 @@ def attention_forward(
         plan.seq_lens if layer is None else layer.lens,
         shared if layer is None else layer.page_table,
         shared is not None,
+        (None, None) if scales is None else scales[index],
     )
     out = call.dense()[0] if plan.kv is None else plan.kv.attend(call)
     return out.transpose(1, 2), None

@@ -18,6 +18,8 @@ from .pages import Allocate, PagedLayer, empty_slots, zero_slots
 # What models call their cache, as an argument and in their output: transformers 5.24 renamed it.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+KVScales = Sequence[tuple[Tensor, Tensor]]  # per layer, f32[Hkv] of keys and of values
+
 _SLOT_STEP = 64  # capacities are multiples of this
 
 
@@ -27,9 +29,9 @@ class KVLayer(CacheLayerMixin):
     page_table = None
     allocate: Allocate = staticmethod(empty_slots)
 
-    def __init__(self, store: KVStore) -> None:
+    def __init__(self, store: KVStore, scales: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
-        self.store = store
+        self.store, self.scales = store, scales
 
     @property
     def lens(self) -> Tensor:
@@ -38,8 +40,9 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         S = self.store.capacity
+        dtype = key_states.dtype if self.scales is None else torch.float8_e4m3fn
         self.keys, self.values = (
-            zero_slots(self.allocate, states, (*states.shape[:2], S, states.shape[3]))
+            zero_slots(self.allocate, states.new_empty(0, dtype=dtype), (*states.shape[:2], S, states.shape[3]))
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -48,7 +51,16 @@ class KVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         append_at = self.store.append_mirror(self.store.append_at, key_states.device)
-        ops.append_kv(key_states, value_states, self.keys, self.values, append_at)
+        key_scale, value_scale = self.scales or (None, None)
+        ops.append_kv(
+            key_states,
+            value_states,
+            self.keys,
+            self.values,
+            append_at,
+            key_scale=key_scale,
+            value_scale=value_scale,
+        )
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -81,15 +93,19 @@ class KVStore(Cache):
     Args:
         batch_size: rows, B.
         capacity: slots per row to allocate at first.
+        scales: of a store in float8_e4m3fn, a byte per value: what the values of each layer and KV head are divided by
+            before they are rounded (:func:`branchwise.measure_kv_scales`). None: a store in the model's dtype.
     """
 
+    scales: KVScales | None = None
     shared_pages: Tensor | None = None  # i32[B, N], the page table of all layers where rows have pages in common
 
-    def __init__(self, batch_size: int, capacity: int = _SLOT_STEP) -> None:
+    def __init__(self, batch_size: int, capacity: int = _SLOT_STEP, scales: KVScales | None = None) -> None:
         if batch_size < 1 or capacity < 1:
             raise ValueError(f"batch_size and capacity must be at least 1, got {batch_size} and {capacity}")
         super().__init__(layer_class_to_replicate=KVLayer)
         self.capacity = _round_up(capacity)
+        self.scales = scales
         self.seq_lens = self.append_at = torch.zeros(batch_size, dtype=torch.int32)
         self.max_length = self._pending = 0  # max(seq_lens)
         self.lens_mirror, self.append_mirror = Mirror(), Mirror()
@@ -100,7 +116,7 @@ class KVStore(Cache):
 
     def layer(self, index: int) -> KVLayer | PagedLayer:
         while len(self.layers) <= index:
-            self.layers.append(KVLayer(self))
+            self.layers.append(KVLayer(self, None if self.scales is None else self.scales[len(self.layers)]))
         return self.layers[index]
 
     def reserve(self, new_tokens: int, pending: int = 0, layers: Sequence[int] | None = None) -> None:
@@ -198,10 +214,10 @@ class KVStore(Cache):
     def copy_rows(self, rows: list[int]) -> KVStore:
         """Another store with these rows, each as often as it is named; of contiguous layers."""
         index = torch.tensor(rows)
-        other = KVStore(len(rows), self.capacity)
+        other = KVStore(len(rows), self.capacity, self.scales)
         for i, layer in enumerate(self._contiguous()):
             copy = other.layer(i)
-            copy.keys, copy.values = layer.keys[index], layer.values[index]
+            copy.keys, copy.values = (as_bytes(cache)[index].view(cache.dtype) for cache in (layer.keys, layer.values))
             copy.is_initialized = True
         other.set_lengths(self.seq_lens[index])
         return other
@@ -234,7 +250,9 @@ class KVStore(Cache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _rows(self, layer: KVLayer, old: Tensor, index: Tensor) -> Tensor:
-        return torch.index_select(old, 0, index.to(old.device), out=layer.allocate(old, (len(index), *old.shape[1:])))
+        new = layer.allocate(old, (len(index), *old.shape[1:]))
+        torch.index_select(as_bytes(old), 0, index.to(old.device), out=as_bytes(new))
+        return new
 
     def _grown(self, layer: KVLayer, old: Tensor) -> Tensor:
         new = zero_slots(layer.allocate, old, (*old.shape[:2], self.capacity, old.shape[3]))
@@ -247,6 +265,11 @@ class KVStore(Cache):
         self.seq_lens = self.append_at = seq_lens
         self.max_length = int(seq_lens.max())
         self._pending = 0
+
+
+def as_bytes(cache: Tensor) -> Tensor:
+    """For torch's ops that lack e4m3: a cache in it as bytes, others as they are."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def _round_up(slots: int) -> int:

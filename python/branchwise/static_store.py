@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .cache import KVLayer, KVStore
+from .cache import KVLayer, KVScales, KVStore, as_bytes
 
 
 class StaticStore(KVStore):
@@ -17,10 +17,11 @@ class StaticStore(KVStore):
     Args:
         batch_size: rows at most, ``most_rows``.
         capacity: slots per row; more than that moves everything.
+        scales: as :class:`KVStore` takes them.
     """
 
-    def __init__(self, batch_size: int, capacity: int) -> None:
-        super().__init__(batch_size, capacity)
+    def __init__(self, batch_size: int, capacity: int, scales: KVScales | None = None) -> None:
+        super().__init__(batch_size, capacity, scales)
         self.most_rows = batch_size
 
     def begin(self, batch_size: int) -> None:
@@ -42,7 +43,8 @@ class StaticStore(KVStore):
 
     def _rows(self, layer: KVLayer, old: Tensor, index: Tensor) -> Tensor:
         kept = old[: len(index)]
-        return kept.copy_(old.index_select(0, index.to(old.device)))
+        as_bytes(kept).copy_(as_bytes(old).index_select(0, index.to(old.device)))
+        return kept
 
     def _grown(self, layer: KVLayer, old: Tensor) -> Tensor:
         rows = len(old)

@@ -74,6 +74,27 @@ def test_texts_are_those_of_plain_decoding(name, sampled, speculation):
     assert done.recorded > 1
 
 
+def test_a_cache_in_e4m3(device, recorder):
+    """In graphs, with rows that leave: what the CPU says."""
+    model = tiny.model("llama")
+    ids, mask = tiny.prompts(3, 7)
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": mask, "eos_token_id": []}
+    plain = model.generate(ids, custom_generate=bw.TreeSpeculation("none", kv_dtype=torch.float8_e4m3fn), **options)
+    texts = [row[ids.shape[1] :].tolist() for row in plain]
+    drafter = RandomTrees(texts, 1)
+    spec = bw.TreeSpeculation(drafter, max_nodes=12, adaptive=False, kv_dtype=torch.float8_e4m3fn)
+    there = model if device.emulated else copy.deepcopy(model).cuda()
+    with device.active():
+        for _ in range(2):
+            moved = {**options, "attention_mask": mask.to(there.device), "eos_token_id": texts[1][9]}
+            ours = there.generate(ids.to(there.device), custom_generate=spec, **moved).cpu()
+            ends = [text.index(texts[1][9]) + 1 if texts[1][9] in text else 24 for text in texts]
+            for row, text, end in zip(ours, texts, ends, strict=True):
+                assert row[ids.shape[1] :][:end].tolist() == text[:end]
+    rounds = spec._rounds[there]
+    assert rounds.recorded > 0 and rounds.store.layers[0].keys.dtype == torch.float8_e4m3fn
+
+
 def test_mixtures_of_experts(speculation):
     """Recorded or not, as transformers' version has it."""
     done = speculation("qwen3_moe").check()
@@ -125,7 +146,7 @@ def test_rows_that_end_leave_in_steps(speculation):
 
 
 def test_slots_that_move_end_graphs(speculation, monkeypatch):
-    monkeypatch.setattr(rounds, "StaticStore", lambda rows, slots: StaticStore(rows, 1))
+    monkeypatch.setattr(rounds, "StaticStore", lambda rows, slots, scales: StaticStore(rows, 1, scales))
     spec = speculation()
     done = spec.check(rows=2, new=60)
     assert done.store.capacity > 64

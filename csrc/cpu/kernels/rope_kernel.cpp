@@ -1,4 +1,4 @@
-// Rotary position embedding for one ISA level (BW_ISA).
+// Rotary position embedding, and rounding to e4m3, for one ISA level (BW_ISA).
 #include "cpu/kernels/rope_kernel.h"
 
 #if defined(__x86_64__)
@@ -38,9 +38,19 @@ void rotate_row(const RopeArgs& a, const void* key, const void* cos, const void*
   });
 }
 
+void quantise_row(DType type, const void* row, int64_t D, float scale, void* out) {
+  by_type(type, [&](auto value) {
+    const auto* from = static_cast<const decltype(value)*>(row);
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const int64_t n = D - d < kLanes ? D - d : kLanes;
+      store_narrow(static_cast<E4m3*>(out) + d, load_wide(from + d, n) / scale, n);
+    }
+  });
+}
+
 }  // namespace
 
 extern const RopeKernels rope_kernels;
-const RopeKernels rope_kernels = {rotate_row};
+const RopeKernels rope_kernels = {rotate_row, quantise_row};
 
 }  // namespace branchwise::BW_ISA

@@ -1,4 +1,4 @@
-// Rotary position embedding of one row: what append_kv asks of a kernel level.
+// What append_kv asks of a kernel level: rotary position embedding of a row, and rounding to e4m3.
 #pragma once
 #include <cstdint>
 
@@ -9,6 +9,8 @@ namespace branchwise {
 struct RopeKernels {
   // out[D] = key[D] with the halves of its first R values rotated; cos and sin hold R values.
   void (*rotate_row)(const RopeArgs&, const void* key, const void* cos, const void* sin, void* out);
+  // out[D] = row[D] / scale in e4m3; what exceeds its largest value becomes that.
+  void (*quantise_row)(DType, const void* row, int64_t D, float scale, void* out);
 };
 
 namespace baseline {

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from ..acceptance import Accepted, Rule
+from ..cache import KVScales
 from ..devices import wait_for
 from ..forward import StoredModel
 from ..graphs import HostReads, Recorder, Recording
@@ -125,6 +126,7 @@ class GraphedRounds:
         model: is not held.
         rows, slots: of the KV store at first: rows at most, slots as many as needed.
         max_nodes: of a tree.
+        kv_scales: of a store in e4m3.
 
     Attributes:
         store: of the calls' KV.
@@ -132,8 +134,16 @@ class GraphedRounds:
         recorded: how many graphs were made.
     """
 
-    def __init__(self, recorder: Recorder, model: PreTrainedModel, rows: int, slots: int, max_nodes: int) -> None:
-        self.store = StaticStore(rows, slots)
+    def __init__(
+        self,
+        recorder: Recorder,
+        model: PreTrainedModel,
+        rows: int,
+        slots: int,
+        max_nodes: int,
+        kv_scales: KVScales | None = None,
+    ) -> None:
+        self.store = StaticStore(rows, slots, kv_scales)
         self.unfit: str | None = None
         self.recorded = 0
         self._recorder = recorder

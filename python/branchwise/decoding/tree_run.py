@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..acceptance import GREEDY, Accepted, Rule
-from ..cache import CACHE_NAME, KVStore
+from ..cache import CACHE_NAME, KVScales, KVStore
 from ..devices import to_device, wait_for
 from ..drafters import Drafter, DraftRequest, DraftSession, Needs, Verified
 from ..forward import StoredModel
@@ -66,8 +66,9 @@ class TreeRun:
         enough: Callable[[Sequence[tuple[Tensor, bool]]], bool] | None = None,
         rounds: GraphedRounds | None = None,
         deterministic: bool = False,
+        kv_scales: KVScales | None = None,
     ) -> None:
-        self.rounds, self.deterministic = rounds, deterministic
+        self.rounds, self.deterministic, self.kv_scales = rounds, deterministic, kv_scales
         self.model, self.config, self.rule, self.processors, self.noise = model, config, rule, processors, noise
         self.stopping = stopping
         self.streamer, self.max_nodes = streamer, max_nodes
@@ -116,7 +117,7 @@ class TreeRun:
 
         if store is None:
             most = max(room - length for room, length in zip(rooms, self.lengths, strict=True))
-            store = KVStore(B, max(map(len, prompts)) + min(most, 512 + self.max_nodes))
+            store = KVStore(B, max(map(len, prompts)) + min(most, 512 + self.max_nodes), self.kv_scales)
         policy = policy_of(self.model)
         if policy is not None and self.model.device.type != "cpu":
             raise ValueError(f"KV policies run on the CPU so far, and the model is on {self.model.device}")
@@ -136,8 +137,9 @@ class TreeRun:
             sampling=sampling,
             warpers=[processor for processor in self.processors[0] if ignores_text(processor)],
             target=self.model,
-            # What the store holds under a policy is the policy's business, and a tree's pages are shared.
-            store=store if policy is None and store.shared_pages is None else None,
+            # What the store holds under a policy is the policy's business, a tree's pages are shared, and e4m3 is not
+            # what drafters append.
+            store=store if policy is None and store.shared_pages is None and store.scales is None else None,
             deterministic=self.deterministic,
         )
         try:

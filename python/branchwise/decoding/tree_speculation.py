@@ -10,9 +10,11 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ..acceptance import Rule, choose_rule
 from ..attention import use_attention
+from ..cache import KVScales
 from ..drafters import Drafter
 from ..graphs import recorder_for
 from ..kv import policy_of
+from ..kv_scales import measure_kv_scales
 from ..noise import Noise, Seed, row_seeds
 from ..tree import DrawKind
 from .auto import Auto, drafter_of
@@ -54,13 +56,19 @@ class TreeSpeculation(Decoder):
         deterministic: logits depend on the text alone, bit for bit. So what is said greedily, or sampled from retrieved
             drafts, does not depend on the drafter, what it remembers, the machine's speed of the moment, or the batch.
             For dense models of ``torch.nn.Linear`` layers without a KV policy. None: on the CPU in bfloat16 and
-            float16, where near-ties would be a matter of rounding otherwise; a forward over a tree takes up to 6 %
-            longer there, one over a single token 3 to 8 % (SmolLM2, 2 cores with AMX, 200 to 4000 tokens of prefix;
-            ``bench/deterministic.py``).
+            float16, and with a ``kv_dtype``, where near-ties would be a matter of rounding otherwise; a forward over a
+            tree takes up to 6 % longer there, one over a single token 3 to 8 % (SmolLM2, 2 cores with AMX, 200 to 4000
+            tokens of prefix; ``bench/deterministic.py``).
+        kv_dtype: of the KV cache: None for the model's, or ``torch.float8_e4m3fn`` for a byte per value, rounded with
+            factors per layer and KV head that depend on the model alone (:func:`branchwise.measure_kv_scales`; they are
+            measured once per object and model). The model is another one then, in that what is above holds of it, and
+            ``drafter="none"`` is its plain decoding. Without a KV policy, and without drafters that share the target's
+            cache ("early_exit").
 
     Raises:
-        ValueError: unknown drafter, ``max_nodes`` outside 1..1024; and when called: an unsupported model or request,
-            a rule that does not fit, or a KV policy with a model on a GPU or ``deterministic=True``.
+        ValueError: unknown drafter, ``max_nodes`` outside 1..1024, another ``kv_dtype``; and when called: an
+            unsupported model or request, a rule that does not fit, or a KV policy with a model on a GPU,
+            ``deterministic=True`` or a ``kv_dtype``.
     """
 
     def __init__(
@@ -73,9 +81,12 @@ class TreeSpeculation(Decoder):
         monitor: Monitor | None = None,
         graphs: bool = True,
         deterministic: bool | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if not 1 <= max_nodes <= 1024:
             raise ValueError(f"max_nodes must lie between 1 and 1024, got {max_nodes}")
+        if kv_dtype not in (None, torch.float8_e4m3fn):
+            raise ValueError(f"kv_dtype must be None or torch.float8_e4m3fn, got {kv_dtype}")
         self.drafter = drafter_of(drafter)
         self.max_nodes = max_nodes
         self.adaptive = adaptive
@@ -84,9 +95,11 @@ class TreeSpeculation(Decoder):
         self.monitor = monitor
         self.graphs = graphs
         self.deterministic = deterministic
+        self.kv_dtype = kv_dtype
         self.stats = DecodeStats()
         self._sizers: WeakKeyDictionary[PreTrainedModel, TreeSizer] = WeakKeyDictionary()
         self._rounds: WeakKeyDictionary[PreTrainedModel, GraphedRounds] = WeakKeyDictionary()
+        self._kv_scales: WeakKeyDictionary[PreTrainedModel, tuple[torch.device, KVScales]] = WeakKeyDictionary()
 
     def decode(self, call: Call) -> Tensor | TreeSpeculationOutput:
         call.check(returns_dict=True, on_cuda=True)
@@ -101,7 +114,8 @@ class TreeSpeculation(Decoder):
         adaptive = self.adaptive and not drawn and not isinstance(self.drafter, (Auto, Bandit))
         cost = cost_model(model)
         sizer = self._sizers.setdefault(model, TreeSizer(cost))
-        rounds = self._graphed_rounds(call, longest)
+        kv_scales = self._scales_of(model)
+        rounds = self._graphed_rounds(call, longest, kv_scales)
         run = TreeRun(
             model=model,
             config=config,
@@ -116,6 +130,7 @@ class TreeSpeculation(Decoder):
             monitor=self.monitor,
             rounds=rounds,
             deterministic=self._is_deterministic(model),
+            kv_scales=kv_scales,
         )
         with use_attention(model), watch(self.monitor, len(prompts) * (longest - call.input_ids.shape[1])):
             store = None if rounds is None else rounds.store
@@ -130,10 +145,23 @@ class TreeSpeculation(Decoder):
                 f"deterministic decoding goes without a KV policy so far, and the model has {type(policy).__name__}"
             )
         if self.deterministic is None:
-            return model.device.type == "cpu" and policy is None and model.dtype != torch.float32
+            rounds = model.dtype != torch.float32 or self.kv_dtype is not None
+            return model.device.type == "cpu" and policy is None and rounds
         return self.deterministic
 
-    def _graphed_rounds(self, call: Call, longest: int) -> GraphedRounds | None:
+    def _scales_of(self, model: PreTrainedModel) -> KVScales | None:
+        if self.kv_dtype is None:
+            return None
+        policy = policy_of(model)
+        if policy is not None:
+            raise ValueError(f"kv_dtype goes without a KV policy so far, and the model has {type(policy).__name__}")
+        device, scales = self._kv_scales.get(model, (None, []))
+        if device != model.device:
+            scales = measure_kv_scales(model)
+            self._kv_scales[model] = model.device, scales
+        return scales
+
+    def _graphed_rounds(self, call: Call, longest: int, kv_scales: KVScales | None) -> GraphedRounds | None:
         """Those of an earlier call with the model, if they are still good; None where there are no graphs."""
         model, rows = call.model, len(call.prompts)
         recorder = recorder_for(model.device) if self.graphs else None
@@ -144,6 +172,6 @@ class TreeSpeculation(Decoder):
         if rounds is None or not rounds.serve(model, rows):
             self._rounds.pop(model, None)  # frees its slots before there are others
             slots = max(map(len, call.prompts)) + min(longest - call.input_ids.shape[1], 512) + 2 * self.max_nodes
-            rounds = self._rounds[model] = GraphedRounds(recorder, model, rows, slots, self.max_nodes)
+            rounds = self._rounds[model] = GraphedRounds(recorder, model, rows, slots, self.max_nodes, kv_scales)
         rounds.store.begin(rows)
         return rounds

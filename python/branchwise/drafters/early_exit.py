@@ -63,8 +63,8 @@ class EarlyExit:
     def begin(self, request: DraftRequest) -> EarlyExitSession:
         if request.target is None or request.store is None:
             raise ValueError(
-                "early exit drafts with the target and its store, inside a decoder and without a KV policy; this "
-                "request comes without them"
+                "early exit drafts with the target and its store, inside a decoder, without a KV policy, and not in "
+                "e4m3; this request comes without them"
             )
         config = request.target.config.get_text_config()
         count = config.num_hidden_layers
