@@ -12,10 +12,12 @@ namespace branchwise {
 
 // The kernels for units of so many rows. Tile registers are mostly empty with four rows and fewer,
 // which take 1.1 to 1.8 times as long in them. CPUs that have them take two cycles for a product of
-// pairs of bf16: widening values and multiplying floats is faster from three rows on. (Measured.)
+// pairs of bf16: widening values and multiplying floats is faster from three rows on, of e4m3,
+// which are widened either way, from two on. (Measured.)
 inline const AttentionKernels& kernels_for(const AttentionArgs& a, int64_t rows) {
 #if defined(__x86_64__)
-  if (current_isa() == Isa::amx_bf16 && a.type == DType::bf16 && rows > 2)
+  const int64_t in_pairs = a.key_scale != nullptr ? 1 : 2;  // rows at most
+  if (current_isa() == Isa::amx_bf16 && a.type == DType::bf16 && rows > in_pairs)
     return rows > 4 && a.D % 32 == 0 ? amx_bf16::attention_kernels : avx512::attention_kernels;
 #endif
   return BW_KERNELS(attention_kernels);

@@ -29,7 +29,16 @@ inline bool begins_line(int64_t d) {
   return d % static_cast<int64_t>(64 / sizeof(T)) == 0;
 }
 
-// Scores of S slots. The query is packed as [D / chunk][R] vectors.
+// A vector of a row, the first n values of it and zeros, in units of kUnit.
+template <typename M, typename T>
+inline typename M::Vec row_in_units(const T* p, int64_t n) {
+  if constexpr (kReadsTwo<T, M>)
+    return M::row(p, n) * (1.f / kUnit<T, M>);
+  else
+    return M::row(p, n);
+}
+
+// Scores of S slots, in units of kUnit. The query is packed as [D / chunk][R] vectors.
 template <typename M, int R, typename T, typename P>
 [[gnu::always_inline]] inline f32v score_slots(const T* const* keys, P& ahead, const float* query,
                                                int64_t D) {
@@ -45,16 +54,40 @@ template <typename M, int R, typename T, typename P>
     }
   };
   int64_t d = 0;
-  for (; d + kChunk <= D; d += kChunk, query += R * kLanes) {
+  if constexpr (kReadsTwo<T, M>) {
+    constexpr int kGroup = S < 4 ? S : 4;  // slots whose vectors are in registers together
+    for (; d + 2 * kChunk <= D; d += 2 * kChunk, query += 2 * R * kLanes)
+#pragma GCC unroll 4
+      for (int first = 0; first < S; first += kGroup) {
+        typename M::Vec two[kGroup][2];
+#pragma GCC unroll 4
+        for (int s = 0; s < kGroup; ++s) {
+          M::two_rows(keys[first + s] + d, two[s]);
+          if (begins_line<T>(d)) ahead.step();
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 16
-    for (int s = 0; s < S; ++s) {
-      key[s] = M::row(keys[s] + d);
-      if (begins_line<T>(d)) ahead.step();
+          for (int r = 0; r < R; ++r) {
+            const auto x = load_as<typename M::Vec>(query + (i * R + r) * kLanes);
+            f32v* sum = acc + r * S + first;
+#pragma GCC unroll 4
+            for (int s = 0; s < kGroup; ++s) sum[s] = M::multiply_add(two[s][i], x, sum[s]);
+          }
+      }
+  } else {
+    for (; d + kChunk <= D; d += kChunk, query += R * kLanes) {
+#pragma GCC unroll 16
+      for (int s = 0; s < S; ++s) {
+        key[s] = M::row(keys[s] + d);
+        if (begins_line<T>(d)) ahead.step();
+      }
+      add(query);
     }
-    add(query);
   }
-  if (d < D) {
-    for (int s = 0; s < S; ++s) key[s] = M::row(keys[s] + d, D - d);
+  for (; d < D; d += kChunk, query += R * kLanes) {
+    const int64_t n = D - d < kChunk ? D - d : kChunk;
+    for (int s = 0; s < S; ++s) key[s] = row_in_units<M>(keys[s] + d, n);
     add(query);
   }
   return folds<false>(acc);
@@ -64,6 +97,7 @@ template <typename M, int R, typename T, typename P>
 // slot s in lane r * S + s, as elements of M.
 template <typename M, int S>
 struct SlotLanes {
+  static constexpr bool kInUnits = true;  // values are to be read in units of kUnit
   static constexpr int kSlots = S, kRow = S;
   static constexpr int64_t kElements = kLanes / M::kPack;  // of kSlots slots
   static constexpr int element(int r, int s) { return (r * S + s) / M::kPack; }
@@ -88,7 +122,16 @@ inline void add_block(const TilePart<T>& tile, P& ahead, int64_t d, int64_t n, c
 #pragma GCC unroll 2
     for (int s = 0; s < At::kSlots; s += kPack) {
       typename M::Vec x[NV];
-      if constexpr (NC > 0) {
+      if constexpr (At::kInUnits && kReadsTwo<T, M> && NC % 2 == 0 && NC > 0) {
+#pragma GCC unroll 16
+        for (int c = 0; c < NC; c += 2) {
+          M::two_rows(tile.values()[begin + s] + d + c * kLanes, x + c);
+          if (begins_line<T>(d + c * kLanes)) local.step();
+        }
+      } else if constexpr (At::kInUnits && kReadsTwo<T, M>) {
+        static_assert(NC <= 1);
+        x[0] = row_in_units<M>(tile.values()[begin + s] + d, NC > 0 ? kLanes : n);
+      } else if constexpr (NC > 0) {
 #pragma GCC unroll 16
         for (int c = 0; c < NC; ++c) {
           const int64_t at = d + c * kLanes * kPack;
@@ -170,7 +213,8 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
     lowest = low[r] < lowest ? low[r] : lowest;
     highest = low[r] > highest ? low[r] : highest;
   }
-  const float scale = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e;
+  constexpr float unit = kUnit<T, M>;
+  const float scale = unit * (a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2e);
 
   f32v top = splat(-kInf), sum = {};
   // Few keys are in a cache already; what counts is how often the softmax waits for itself.
@@ -202,7 +246,8 @@ void run_few_rows(const AttentionArgs& a, const AttentionUnit& u, const float* q
     sum *= alpha;
     for (int64_t g = 0; g < groups; ++g) {
       const f32v p = exp2(load(scores + g * kLanes) - shift);
-      M::store_lanes(reinterpret_cast<typename M::Element*>(probs) + g * (kLanes / M::kPack), p);
+      M::store_lanes(reinterpret_cast<typename M::Element*>(probs) + g * (kLanes / M::kPack),
+                     p * unit);
       sum += p;
     }
     top = high;

@@ -142,6 +142,7 @@ void attend_tile(const AttentionArgs& a, const AttentionUnit& u, const Lines<M>&
 // Probabilities of one vector of rows: row r of a slot, or of kPack slots, in lane r.
 template <typename M>
 struct RowLanes {
+  static constexpr bool kInUnits = false;
   static constexpr int kSlots = M::kPack, kRow = 1;
   static constexpr int64_t kElements = kLanes;
   static constexpr int element(int r, int) { return r; }

@@ -27,6 +27,21 @@ struct Fp32Product {
   static Vec row(const T* p) {
     return load_wide(p);
   }
+#if defined(__AVX512F__)
+  // Two vectors of e4m3, as 2^-8 of their values: fp16 of the same mantissa, also where there is no
+  // exponent.
+  static void two_rows(const E4m3* p, Vec* out) {
+    const __m512i wide =
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i all_ones = _mm512_set1_epi16(0x7f << 7);
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(-0x4080));
+    const __m512i made = _mm512_mask_mov_epi16(
+        half, _mm512_cmpeq_epi16_mask(_mm512_and_si512(half, all_ones), all_ones),
+        _mm512_set1_epi16(0x7fff));
+    out[0] = reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm512_castsi512_si256(made)));
+    out[1] = reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(made, 1)));
+  }
+#endif
   template <typename T>
   static Vec row(const T* p, int64_t n) {
     return load_wide(p, n);
@@ -136,6 +151,17 @@ struct Bf16Product {
   }
 };
 #endif
+
+// Whether few rows read values of type T two vectors at a time, as 2^-8 of what they are.
+template <typename T, typename M>
+constexpr bool kReadsTwo =
+#if defined(__AVX512F__)
+    __is_same(T, E4m3) && M::kPack == 1;
+#else
+    false;
+#endif
+template <typename T, typename M>
+constexpr float kUnit = kReadsTwo<T, M> ? 256.f : 1.f;
 
 // The product for values of type T with head dim D.
 template <typename T, typename F>
