@@ -111,6 +111,7 @@ bench-kv: $(VENV)/.bench
 	$(BIN)/python bench/needle.py
 	$(BIN)/python bench/kept.py
 	$(BIN)/python bench/offload.py
+	$(BIN)/python bench/kv_dtype.py
 
 # kvpress on the same needles, in an environment of its own: it needs transformers < 5.3. Torch and the rest come from $(VENV).
 KVPRESS := build/kvpress
