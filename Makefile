@@ -49,7 +49,7 @@ test-sanitize: $(VENV)/.build
 	  -Cbuild-dir=$(SANITIZE)/cmake -Ccmake.build-type=RelWithDebInfo -Ccmake.define.BRANCHWISE_SANITIZE=ON -Ccmake.define.BRANCHWISE_EMULATE=ON -Ccmake.define.BRANCHWISE_CUDA=OFF .
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(SANITIZE)/venv/bin/python -m pytest tests/test_ops_attention.py tests/test_ops_cascade.py tests/test_ops_path.py tests/test_ops_linear.py tests/test_ops_layer.py tests/test_ops_kv.py tests/test_ops_tree.py tests/test_ops_verify.py tests/test_ops_draft.py tests/test_ops_sparse.py tests/test_ops_scores.py tests/test_ops_fetch.py tests/test_ops_diffusion.py tests/test_pages.py tests/test_offload.py tests/test_host_merge.py tests/test_host_page_pool.py tests/test_host_suffix.py tests/test_host_trie.py tests/gpu
+	  $(SANITIZE)/venv/bin/python -m pytest tests/test_ops_attention.py tests/test_ops_cascade.py tests/test_ops_path.py tests/test_ops_e4m3.py tests/test_ops_linear.py tests/test_ops_layer.py tests/test_ops_kv.py tests/test_ops_tree.py tests/test_ops_verify.py tests/test_ops_draft.py tests/test_ops_sparse.py tests/test_ops_scores.py tests/test_ops_fetch.py tests/test_ops_diffusion.py tests/test_pages.py tests/test_offload.py tests/test_host_merge.py tests/test_host_page_pool.py tests/test_host_suffix.py tests/test_host_trie.py tests/gpu
 
 # On a machine with a GPU and a branchwise built there: every tool of compute-sanitizer over small cases.
 GPU_PYTHON ?= python3
