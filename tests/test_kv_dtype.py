@@ -151,6 +151,9 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"None or torch\.float8_e4m3fn, got torch\.float8_e5m2"):
         bw.TreeSpeculation(kv_dtype=torch.float8_e5m2)
     model = tiny.model("llama")
+    short = StoredModel(model, KVStore(1, 64, measure_kv_scales(model)[:2]))
+    with torch.no_grad(), use_attention(model), pytest.raises(ValueError, match="every layer, got 2 and layer 2"):
+        short.extend([torch.arange(3)])
     with pytest.raises(ValueError, match="not in e4m3"):
         text_of(model, EarlyExit(1))
     bw.patch(model, bw.kv.StreamingLLM(64))

@@ -95,6 +95,9 @@ class KVStore(Cache):
         capacity: slots per row to allocate at first.
         scales: of a store in float8_e4m3fn, a byte per value: what the values of each layer and KV head are divided by
             before they are rounded (:func:`branchwise.measure_kv_scales`). None: a store in the model's dtype.
+
+    Raises:
+        ValueError: batch_size or capacity below 1; in a forward: fewer ``scales`` than layers.
     """
 
     scales: KVScales | None = None
@@ -115,6 +118,8 @@ class KVStore(Cache):
         return self.layer(layer_idx).update(key_states, value_states)
 
     def layer(self, index: int) -> KVLayer | PagedLayer:
+        if self.scales is not None and index >= len(self.scales):
+            raise ValueError(f"scales must have factors of every layer, got {len(self.scales)} and layer {index}")
         while len(self.layers) <= index:
             self.layers.append(KVLayer(self, None if self.scales is None else self.scales[len(self.layers)]))
         return self.layers[index]
