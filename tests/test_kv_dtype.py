@@ -154,6 +154,9 @@ def test_refusals():
     short = StoredModel(model, KVStore(1, 64, measure_kv_scales(model)[:2]))
     with torch.no_grad(), use_attention(model), pytest.raises(ValueError, match="every layer, got 2 and layer 2"):
         short.extend([torch.arange(3)])
+    for bad in (torch.ones(0, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="tokens must be one text of at least one token, got shape"):
+            measure_kv_scales(model, bad)
     with pytest.raises(ValueError, match="not in e4m3"):
         text_of(model, EarlyExit(1))
     bw.patch(model, bw.kv.StreamingLLM(64))

@@ -100,7 +100,6 @@ class KVStore(Cache):
         ValueError: batch_size or capacity below 1; in a forward: fewer ``scales`` than layers.
     """
 
-    scales: KVScales | None = None
     shared_pages: Tensor | None = None  # i32[B, N], the page table of all layers where rows have pages in common
 
     def __init__(self, batch_size: int, capacity: int = _SLOT_STEP, scales: KVScales | None = None) -> None:

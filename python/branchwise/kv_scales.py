@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .attention import use_attention
+from .attention import check_supported, use_attention
 from .cache import KVStore
 from .forward import StoredModel
 
@@ -27,13 +27,16 @@ def measure_kv_scales(model: PreTrainedModel, tokens: Tensor | None = None) -> l
         Per layer f32[Hkv] of keys and of values, powers of two.
 
     Raises:
-        ValueError: layers of the model share keys and values.
+        ValueError: an unsupported model, one whose layers share keys and values, or no tokens.
     """
+    check_supported(model, on_cuda=True)
     config = model.config.get_text_config()
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(f"{type(model).__name__} has layers that share keys and values, which e4m3 does not support")
     if tokens is None:
         tokens = torch.randint(config.vocab_size, (256,), generator=torch.Generator().manual_seed(0))
+    if tokens.dim() != 1 or len(tokens) == 0:
+        raise ValueError(f"tokens must be one text of at least one token, got shape {tuple(tokens.shape)}")
     store = KVStore(1, len(tokens))
     with torch.no_grad(), use_attention(model):
         StoredModel(model, store).extend([tokens])

@@ -48,6 +48,7 @@ class TreeRun:
             the run.
         rounds: runs the rounds on a GPU in graphs; with its store, and without a KV policy.
         deterministic: of the forwards, see :class:`branchwise.forward.StoredModel`.
+        kv_scales: of a store in e4m3, where the run makes its own; None: in the model's dtype.
     """
 
     def __init__(

@@ -61,9 +61,9 @@ class TreeSpeculation(Decoder):
             tokens of prefix; ``bench/deterministic.py``).
         kv_dtype: of the KV cache: None for the model's, or ``torch.float8_e4m3fn`` for a byte per value, rounded with
             factors per layer and KV head that depend on the model alone (:func:`branchwise.measure_kv_scales`; they are
-            measured once per object and model). The model is another one then, in that what is above holds of it, and
-            ``drafter="none"`` is its plain decoding. Without a KV policy, and without drafters that share the target's
-            cache ("early_exit").
+            measured once per object and model). The model is another one then: its plain decoding is ``drafter="none"``
+            with this ``kv_dtype``, and what is above holds in comparison with that. Without a KV policy, and without
+            drafters that share the target's cache ("early_exit").
 
     Raises:
         ValueError: unknown drafter, ``max_nodes`` outside 1..1024, another ``kv_dtype``; and when called: an
@@ -145,8 +145,8 @@ class TreeSpeculation(Decoder):
                 f"deterministic decoding goes without a KV policy so far, and the model has {type(policy).__name__}"
             )
         if self.deterministic is None:
-            rounds = model.dtype != torch.float32 or self.kv_dtype is not None
-            return model.device.type == "cpu" and policy is None and rounds
+            rounded = model.dtype != torch.float32 or self.kv_dtype is not None
+            return model.device.type == "cpu" and policy is None and rounded
         return self.deterministic
 
     def _scales_of(self, model: PreTrainedModel) -> KVScales | None:
